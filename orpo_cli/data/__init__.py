@@ -1,0 +1,1 @@
+"""Preference data: rows -> pairs -> token ids -> one flat batch."""

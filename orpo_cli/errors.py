@@ -1,0 +1,52 @@
+"""What can go wrong, and the exit code of each: the one place that knows them.
+
+Exit codes: 2 the user's input is wrong, 1 a run failed, 128 + signal number when a signal stopped the run.
+"""
+
+from __future__ import annotations
+
+
+class OrpoError(Exception):
+    """A failure that is explained to the user instead of shown as a traceback.
+
+    `message` says what is wrong, in the user's terms; `hint` says what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class InputError(OrpoError, ValueError):
+    """The user's input is wrong: usage, recipe, data, or a model that is missing."""
+
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    """The recipe is wrong; the message lists every fault with its `file:line`."""
+
+
+class DataError(InputError):
+    """The preference data cannot be used."""
+
+
+class ModelError(InputError):
+    """The model, its tokenizer or an adapter is missing, gated or does not fit the recipe."""
+
+
+class RunError(OrpoError, RuntimeError):
+    """A run that was started rightly and failed: numbers gone bad, a full disk, memory run out."""
+
+    exit_code = 1
+
+
+class Stopped(OrpoError):
+    """A signal stopped the run after everything was saved."""
+
+    def __init__(self, signal_number: int, message: str, hint: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,1 @@
+"""Models: loading, LoRA, shared-prefix attention, log-probs."""

@@ -1,0 +1,1 @@
+"""The recipe: schema, strict loading, other tools' names."""
