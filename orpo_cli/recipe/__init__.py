@@ -1,1 +1,29 @@
 """The recipe: schema, strict loading, other tools' names."""
+
+from __future__ import annotations
+
+from orpo_cli.recipe.schema import (
+    DataSection,
+    FilterSpec,
+    Holdout,
+    LoraSection,
+    LossSection,
+    ModelSection,
+    OutputSection,
+    Recipe,
+    SourceSpec,
+    TrainSection,
+)
+
+__all__ = [
+    "DataSection",
+    "FilterSpec",
+    "Holdout",
+    "LoraSection",
+    "LossSection",
+    "ModelSection",
+    "OutputSection",
+    "Recipe",
+    "SourceSpec",
+    "TrainSection",
+]
