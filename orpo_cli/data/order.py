@@ -1,0 +1,47 @@
+"""Which row comes when: a pure function of (seed, epoch, position).
+
+Rows are shuffled in blocks of BLOCK_ROWS, each by a permutation of its own derived from (seed, epoch, block), so that
+a stream needs to hold one block and a run's place in its data is two integers. Positions count source rows, also
+those that will be dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+BLOCK_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Position:
+    """The next row to read: row `offset` of epoch `epoch`'s order, both from 0."""
+
+    epoch: int = 0
+    offset: int = 0
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014) over uint64: a bijection that scatters near keys."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permutation(length: int, *key: int) -> np.ndarray:
+    """A permutation (length,) of range(length) that depends on nothing but the integers of `key`.
+
+    Sorting rows by a hash rather than asking a library's generator keeps the order the same under every version.
+    """
+    with np.errstate(over="ignore"):
+        state = np.zeros(1, np.uint64)
+        for part in key:
+            state = _mix(state + np.uint64(part % 2**64) + np.uint64(0x9E3779B97F4A7C15))
+        keys = _mix(state + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return np.argsort(keys, kind="stable")
+
+
+def block_order(length: int, *, seed: int, epoch: int, block: int, shuffle: bool) -> np.ndarray:
+    """The order (length,) in which the rows of one block come in one epoch."""
+    return permutation(length, seed, epoch, block) if shuffle else np.arange(length)

@@ -1,0 +1,222 @@
+"""The only caller of transformers' `from_pretrained`: tokenizers, configurations, base models.
+
+Only safetensors are read, and a repository's own code runs only under `model.trust_remote_code`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from orpo_cli.errors import ModelError
+from orpo_cli.recipe.schema import ModelSection
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    """The base's tokenizer; a fast one, since masks need the characters each token covers."""
+    with _explained(section):
+        tokenizer = AutoTokenizer.from_pretrained(
+            section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer of {section.name_or_path} has no fast version",
+            "orpo needs the characters each token covers; save the model with a tokenizer.json",
+        )
+    return tokenizer
+
+
+def load_config(section: ModelSection) -> PreTrainedConfig:
+    """The base's configuration; reads no weights."""
+    with _explained(section):
+        return AutoConfig.from_pretrained(
+            section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+
+
+def compute_dtype(section: ModelSection, config: PreTrainedConfig) -> torch.dtype:
+    """The dtype the model computes in. `auto`: the one its weights are stored in, float16 made bfloat16.
+
+    bfloat16 has float32's range, so it needs no loss scaling; a stored float16 is converted without overflow.
+    """
+    if section.dtype != "auto":
+        return DTYPES[section.dtype]
+    stored = config.get_text_config().dtype or config.dtype or torch.float32
+    return torch.bfloat16 if stored == torch.float16 else stored
+
+
+def load_model(section: ModelSection, device: torch.device, *, quantise: bool = True) -> PreTrainedModel:
+    """The base model on `device`, in its compute dtype, 4- or 8-bit if the recipe says so and `quantise` is left on."""
+    config = load_config(section)
+    dtype = compute_dtype(section, config)
+    if section.disable_dropout:
+        disable_dropout(config)
+    arguments: dict[str, Any] = {}
+    if section.attn_implementation != "auto":
+        arguments["attn_implementation"] = section.attn_implementation
+    if quantise and (section.load_in_4bit or section.load_in_8bit):
+        arguments["quantization_config"] = quantisation(section, dtype)
+    with _explained(section):
+        model = AutoModelForCausalLM.from_pretrained(
+            section.name_or_path,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            device_map={"": device},
+            **arguments,
+        )
+    model.config.use_cache = False
+    return model.train()
+
+
+def quantisation(section: ModelSection, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantisation (QLoRA, arXiv 2305.14314), or LLM.int8 (arXiv 2208.07339)."""
+    if section.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def disable_dropout(config: PreTrainedConfig) -> None:
+    """Set every dropout probability of the base's configuration to 0, those of nested configurations too."""
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            disable_dropout(value)
+        elif isinstance(value, float) and ("drop" in name):
+            setattr(config, name, 0.0)
+
+
+@contextmanager
+def _explained(section: ModelSection) -> Iterator[None]:
+    """Turn what the libraries raise for a missing, gated or unusable model into an error with a hint."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from safetensors import SafetensorError
+
+    name = section.name_or_path
+    local = Path(name).exists()
+    try:
+        yield
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{name} is gated", f"ask for access at https://huggingface.co/{name}, then set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{name} has no revision {section.revision!r}", "see model.revision") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"there is no model {name} on the hub", "check model.name_or_path, or set HF_TOKEN") from error
+    except SafetensorError as error:
+        raise ModelError(f"the weights of {name} are damaged: {error}", "download or copy them again") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise _explanation(name, local, error) from error
+
+
+def _explanation(name: str, local: bool, error: Exception) -> ModelError:
+    text = " ".join(str(error).split())
+    chain = []
+    cause: BaseException | None = error
+    while cause is not None and len(chain) < 8:
+        chain.append(type(cause).__name__)
+        cause = cause.__cause__ or cause.__context__
+    if "GatedRepoError" in chain or "gated repo" in text:
+        return ModelError(f"{name} is gated", f"ask for access at https://huggingface.co/{name}, then set HF_TOKEN")
+    if "trust_remote_code" in text:
+        return ModelError(
+            f"{name} needs code from its own repository",
+            "read that code; if you trust it, set model.trust_remote_code: true",
+        )
+    if local and not (Path(name) / "config.json").exists():
+        return ModelError(f"{name} is no model: it has no config.json", "model.name_or_path is a hub id or a directory")
+    if "safetensors" in text and ("does not appear to have" in text or "no file named" in text):
+        return ModelError(
+            f"{name} has no weights in safetensors format", "orpo loads no pickled weights; convert them to safetensors"
+        )
+    if local:
+        return ModelError(f"{name} cannot be loaded: {text[:400]}", "see model.name_or_path")
+    if "/" not in name or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return ModelError(f"there is no directory {name}", "model.name_or_path is a hub id or a directory")
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "ON", "YES"):
+        return ModelError(f"{name} is not in the local cache and HF_HUB_OFFLINE is set", "unset it, or name a directory")
+    return ModelError(
+        f"{name} cannot be loaded from the hub: {text[:400]}",
+        "check the name and the network; a private or gated model needs HF_TOKEN",
+    )
+
+
+def embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
+    """Module names of the input embeddings and of the output ones, None where those share the input's weight."""
+    names = {module: name for name, module in model.named_modules()}
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = outputs is None or outputs.weight is inputs.weight
+    return names[inputs], None if tied else names[outputs]
+
+
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, control_ids: list[int]) -> list[int]:
+    """Give every token of the tokenizer a row, and every control token a row that can be trained from.
+
+    Rows are added where the tokenizer has more tokens than the model; those, and rows of `control_ids` that were never
+    trained, start at the mean of the trained rows. Returns the ids of these rows, ascending; they want training.
+
+    Raises ModelError when tokenizer and model do not belong together.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    missing = len(tokenizer) - rows
+    if missing > max(len(control_ids), 1) + 256:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer):,} tokens and the model {rows:,}: they do not belong together",
+            "use the tokenizer that came with the model",
+        )
+    untrained = sorted(i for i in set(control_ids) if i < rows and _is_untrained(model, i))
+    fresh = untrained + list(range(rows, len(tokenizer)))
+    if not fresh:
+        return []
+    if missing > 0:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for weight in _embedding_weights(model):
+            trained = torch.ones(rows, dtype=torch.bool, device=weight.device)
+            trained[untrained] = False
+            weight[fresh] = weight[:rows][trained].float().mean(0).to(weight.dtype)
+        outputs = model.get_output_embeddings()
+        if missing > 0 and outputs is not None and getattr(outputs, "bias", None) is not None:
+            outputs.bias[rows:] = outputs.bias[:rows].float().mean()
+    return fresh
+
+
+def _embedding_weights(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The input embedding matrix (V, E), and the output one where it is another."""
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    return [inputs.weight] if outputs is None or outputs.weight is inputs.weight else [inputs.weight, outputs.weight]
+
+
+def _is_untrained(model: PreTrainedModel, row: int) -> bool:
+    """Whether an embedding row was never trained: next to zero, or the very same as another reserved token's."""
+    for weight in _embedding_weights(model):
+        typical = weight[: min(len(weight), 4096)].float().norm(dim=1).median()
+        if weight[row].float().norm() < 1e-3 * typical or (weight == weight[row]).all(1).sum() > 1:
+            return True
+    return False

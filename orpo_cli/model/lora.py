@@ -1,0 +1,87 @@
+"""LoRA through peft (Hu et al. 2021, arXiv 2106.09685): what the recipe asks for, as stock peft adapters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+
+from orpo_cli.errors import ModelError
+from orpo_cli.model.load import embedding_names
+from orpo_cli.recipe.schema import LoraSection
+
+
+def add_lora(model: PreTrainedModel, section: LoraSection, trained_rows: list[int]) -> PeftModel:
+    """Put adapters into the model, to be trained; the base is frozen.
+
+    `trained_rows` are the token ids whose embedding rows are trained beside the adapters. Initial values come from
+    torch's random state. Raises ModelError when nothing matches `target_modules`.
+    """
+    if section.adapter is not None:
+        return load_adapter(model, section.adapter, trainable=True)
+    inputs, outputs = embedding_names(model)
+    names = [name.rpartition(".")[2] for name in (inputs, outputs) if name is not None]
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=section.target_modules if isinstance(section.target_modules, str) else [*section.target_modules],
+        exclude_modules=[*section.exclude_modules] or None,
+        modules_to_save=[*section.modules_to_save] or None,
+        use_rslora=section.use_rslora,
+        use_dora=section.use_dora,
+        init_lora_weights=section.init_lora_weights,
+        rank_pattern={**section.rank_pattern},
+        trainable_token_indices={name: trained_rows for name in names} if trained_rows else None,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        raise ModelError(
+            f"LoRA cannot be added: {' '.join(str(error).split())[:300]}",
+            f"lora.target_modules may be all-linear or some of: {', '.join(sorted(linear))}",
+        ) from error
+
+
+def load_adapter(model: PreTrainedModel, directory: str | Path, *, trainable: bool = False) -> PeftModel:
+    """Put a saved adapter into its base model. Only safetensors are read. Raises ModelError if it does not fit."""
+    directory = Path(directory)
+    if not (directory / "adapter_config.json").is_file():
+        raise ModelError(f"{directory} is no adapter: it has no adapter_config.json", "name the directory `adapter/`")
+    if not (directory / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            f"{directory} has no adapter_model.safetensors", "orpo loads no pickled weights; save it as safetensors"
+        )
+    try:
+        return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+    except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
+        raise ModelError(
+            f"the adapter {directory} does not fit the base: {' '.join(str(error).split())[:300]}",
+            "an adapter goes with the base it was trained on",
+        ) from error
+
+
+def save_adapter(model: PeftModel, directory: Path, *, base: str, revision: str) -> None:
+    """Write adapter_config.json and adapter_model.safetensors for stock peft, the same bytes for the same run.
+
+    `base` and `revision` are the recipe's, so that the adapter finds its base again.
+    """
+    config = model.peft_config["default"]
+    config.base_model_name_or_path, config.revision = base, revision
+    # The rows that were trained are in the adapter; the whole embedding matrix need not be.
+    model.save_pretrained(str(directory), safe_serialization=True, save_embedding_layers=False)
+    (directory / "README.md").unlink(missing_ok=True)  # peft's model card: a template to fill in
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(_ordered(json.loads(path.read_text())), indent=2, sort_keys=True) + "\n")
+
+
+def _ordered(config: dict) -> dict:
+    """peft keeps sets of module names and writes them in hash order, which differs from run to run."""
+    names = ("target_modules", "exclude_modules", "modules_to_save")
+    return {k: sorted(v) if k in names and isinstance(v, list) else v for k, v in config.items()}

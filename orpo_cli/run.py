@@ -1,0 +1,104 @@
+"""The run directory: what lies where, whether it may be used, and the manifest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orpo_cli.errors import InputError
+from orpo_cli.recipe import Recipe, load_recipe
+
+# What a run writes, and --overwrite removes; anything else in the directory is the user's and stays.
+FILES = ("recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "eval.json", "eval.pairs.jsonl", "report.html")
+DIRECTORIES = ("checkpoints", "adapter", "merged")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run's files (INTERFACE of the tool: users and programs rely on them)."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        """Versions, devices, seeds, data fingerprints and counts."""
+        return self.path / "manifest.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One object a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Answers to `train.sample_prompts`."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter (LoRA runs)."""
+        return self.path / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        """The full model."""
+        return self.path / "merged"
+
+    @property
+    def eval(self) -> Path:
+        """Held-out metrics."""
+        return self.path / "eval.json"
+
+    @property
+    def eval_pairs(self) -> Path:
+        """Held-out metrics of each pair."""
+        return self.path / "eval.pairs.jsonl"
+
+    def holds_run(self) -> bool:
+        """Whether a run was started here."""
+        return any((self.path / name).exists() for name in (*FILES, *DIRECTORIES))
+
+    def claim(self, *, resume: bool, overwrite: bool) -> None:
+        """Make the directory ready for a run. Raises InputError if it holds one and neither option says what to do."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file", "name another directory with --output-dir")
+        if overwrite:
+            for name in FILES:
+                (self.path / name).unlink(missing_ok=True)
+            for name in DIRECTORIES:
+                shutil.rmtree(self.path / name, ignore_errors=True)
+        elif self.holds_run() and not resume:
+            raise InputError(
+                f"{self.path} already holds a run",
+                "--resume goes on with it, --overwrite starts anew, --output-dir names another directory",
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be made: {error.strerror}", "name another --output-dir") from error
+
+
+def open_run(path: Path) -> tuple[RunDirectory, Recipe]:
+    """A finished run and its recipe. Raises InputError if there is none."""
+    run = RunDirectory(path)
+    if not run.recipe.is_file():
+        raise InputError(f"{path} holds no run: it has no recipe.yaml", "name the directory given by output.dir")
+    return run, load_recipe(run.recipe)
+
+
+def read_manifest(run: RunDirectory) -> dict[str, Any]:
+    """The run's manifest, empty if it has none."""
+    return json.loads(run.manifest.read_text(encoding="utf-8")) if run.manifest.exists() else {}

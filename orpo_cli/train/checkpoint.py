@@ -1,0 +1,155 @@
+"""Checkpoints that are there whole or not at all.
+
+    checkpoints/step-000100/   adapter_model.safetensors or model.safetensors, optimizer.safetensors, state.json,
+                               MANIFEST.json (sha256 and size of each file)
+
+A checkpoint is written beside its final name, every file and directory is synced to disk, and one rename makes it
+exist. Nothing is ever unpickled: tensors are safetensors, the rest is JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from orpo_cli.errors import InputError
+
+MANIFEST = "MANIFEST.json"
+_NAME = re.compile(r"step-(\d{6,})$")
+
+
+def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
+    """Make the directory `target` with what `fill` writes into it, atomically; one already there is replaced."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    fill(unfinished)
+    for path in sorted(unfinished.rglob("*")):
+        _sync(path)
+    _sync(unfinished)
+    if target.exists():  # a directory cannot be renamed onto one that is not empty
+        replaced = target.with_name(f".{target.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+        unfinished.rename(target)
+        shutil.rmtree(replaced)
+    else:
+        unfinished.rename(target)
+    _sync(target.parent)
+
+
+def write_file(target: Path, text: str) -> None:
+    """Write a text file atomically."""
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    _sync(unfinished)
+    unfinished.replace(target)
+    _sync(target.parent)
+
+
+def to_json(value: Any) -> str:
+    """JSON with sorted keys, the same text for the same value."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def save_checkpoint(
+    directory: Path, step: int, *, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any],
+    weights_name: str, keep: int, protect: int | None = None,
+) -> Path:
+    """Write checkpoints/step-NNNNNN, then delete all but the newest `keep` once the new one verifies.
+
+    `protect` is the step of one that is never deleted (the best so far). Returns the checkpoint's directory.
+    """
+    target = directory / f"step-{step:06d}"
+
+    def fill(unfinished: Path) -> None:
+        save_file(_contiguous(weights), unfinished / weights_name)
+        save_file(_contiguous(optimizer), unfinished / "optimizer.safetensors")
+        (unfinished / "state.json").write_text(to_json(state), encoding="utf-8")
+        files = sorted(path.name for path in unfinished.iterdir())
+        entries = {f: {"bytes": (unfinished / f).stat().st_size, "sha256": _sha256(unfinished / f)} for f in files}
+        (unfinished / MANIFEST).write_text(to_json({"files": entries, "step": step}), encoding="utf-8")
+
+    write_directory(target, fill)
+    if fault(target) is None:
+        others = [c for c in checkpoints(directory) if step_of(c) not in (step, protect)]
+        for old in others[: max(0, len(others) - (keep - 1))]:
+            shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Weights, optimizer tensors and state of a checkpoint. Raises InputError if any byte of it has changed."""
+    if (why := fault(directory)) is not None:
+        raise InputError(f"the checkpoint {directory} is damaged: {why}", "name another one, or drop --resume-from")
+    [weights] = [f for f in directory.glob("*.safetensors") if f.name != "optimizer.safetensors"]
+    state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+    return load_file(weights), load_file(directory / "optimizer.safetensors"), state
+
+
+def newest_sound(directory: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and a line on each damaged one that is newer than it."""
+    damaged = []
+    for candidate in reversed(checkpoints(directory)):
+        why = fault(candidate)
+        if why is None:
+            return candidate, damaged
+        damaged.append(f"{candidate.name}: {why}")
+    return None, damaged
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """All checkpoints in a run's `checkpoints/`, by step."""
+    if not directory.is_dir():
+        return []
+    return sorted((p for p in directory.iterdir() if _NAME.match(p.name) and p.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step a checkpoint was written after."""
+    match = _NAME.match(checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, every file of it compared with the manifest; None if it is sound."""
+    try:
+        entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        if not {"optimizer.safetensors", "state.json"} < set(entries):
+            return f"{MANIFEST} is incomplete"
+        for name, entry in entries.items():
+            path = checkpoint / name
+            if Path(name).name != name or not path.is_file() or path.is_symlink():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+                return f"{name} has changed since it was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    return None
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

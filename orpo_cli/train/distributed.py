@@ -1,0 +1,77 @@
+"""Devices and processes: a thin face on accelerate.
+
+Every process works on its share of a step's pairs; gradients and metrics are summed over processes. Since the loss is
+normalised by the whole step (loss.py), the sum is the gradient, whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Processes:
+    """This process, its device, and how it speaks to the others; alone, it does nothing."""
+
+    def __init__(self) -> None:
+        state = PartialState()
+        self.device: torch.device = state.device
+        self.rank: int = state.process_index
+        self.count: int = state.num_processes
+        self.is_main: bool = state.is_main_process
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This process's part of a list that is the same in all."""
+        return list(items[self.rank :: self.count])
+
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Add up tensors over all processes, in place; one message for each dtype."""
+        if self.count == 1:
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        for group in by_dtype.values():
+            flat = torch.cat([tensor.reshape(-1) for tensor in group])
+            dist.all_reduce(flat)
+            for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        if self.count == 1:
+            return flag
+        total = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(total)
+        return bool(total.item())
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.count > 1:
+            dist.destroy_process_group()
+
+
+def seed_everything(*key: int) -> None:
+    """Set every random state from the integers of `key`.
+
+    Called with (seed, step, rank) before each step: what dropout draws is then a function of the step alone, and a
+    resumed run needs no random states from its checkpoint.
+    """
+    seed = int(np.random.SeedSequence([k % 2**32 for k in key]).generate_state(1, np.uint64)[0] >> 1)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
