@@ -73,4 +73,141 @@ def _brief(value: Any) -> str:
 
 def impossible(recipe: Recipe) -> Iterator[Fault]:
     """Faults for keys that cannot stand together."""
-    yield from ()
+    yield from _impossible_model(recipe)
+    yield from _impossible_lora(recipe)
+    yield from _impossible_data(recipe)
+    yield from _impossible_train(recipe)
+
+
+def _impossible_model(recipe: Recipe) -> Iterator[Fault]:
+    model = recipe.model
+    quantised = [f"model.load_in_{bits}bit" for bits in (4, 8) if getattr(model, f"load_in_{bits}bit")]
+    if len(quantised) == 2:
+        yield Fault(
+            quantised[1],
+            "a base is held in 4 bits or in 8, not in both",
+            "set one of load_in_4bit and load_in_8bit to false",
+            (quantised[0],),
+        )
+    if quantised and recipe.lora is None:
+        yield Fault(
+            quantised[0],
+            "a full fine-tune (lora: null) cannot train quantised weights",
+            "set it to false, or remove lora: null to train an adapter",
+            ("lora",),
+        )
+    if model.attn_implementation.startswith("flash_attention") and model.dtype == "float32":
+        yield Fault(
+            "model.attn_implementation",
+            f"{model.attn_implementation} does not compute in float32",
+            "set model.dtype to bfloat16, or attn_implementation to auto",
+            ("model.dtype",),
+        )
+    if model.chat_template in ("none", "plain") and model.chat_template_kwargs:
+        yield Fault(
+            "model.chat_template_kwargs",
+            f"the template {model.chat_template} takes no variables",
+            "remove it, or choose another chat_template",
+            ("model.chat_template",),
+        )
+
+
+def _impossible_lora(recipe: Recipe) -> Iterator[Fault]:
+    lora = recipe.lora
+    if lora is None:
+        return
+    if lora.adapter is not None:
+        defaults = type(lora)()
+        # Dropout is no part of what the adapter is, and may change from run to run.
+        for name in type(lora).model_fields.keys() - {"adapter", "dropout", "trainable_tokens"}:
+            if getattr(lora, name) != getattr(defaults, name):
+                yield Fault(
+                    f"lora.{name}",
+                    "the configuration of lora.adapter decides this",
+                    f"remove {name}, or remove adapter to begin a new one",
+                    ("lora.adapter",),
+                )
+    ranks = {"lora.r": lora.r, **{f"lora.rank_pattern.{name}": r for name, r in lora.rank_pattern.items()}}
+    if lora.init_lora_weights == "orthogonal":
+        for key, rank in ranks.items():
+            if rank % 2:
+                yield Fault(
+                    key,
+                    f"orthogonal initialisation needs an even rank (got {rank})",
+                    f"write {rank + 1}, or another init_lora_weights",
+                    ("lora.init_lora_weights",),
+                )
+
+
+def _impossible_data(recipe: Recipe) -> Iterator[Fault]:
+    data = recipe.data
+    if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
+        yield Fault(
+            "data.max_prompt_length",
+            f"leaves no room for a response: max_length, which counts both, is {data.max_length} "
+            f"(got {data.max_prompt_length})",
+            "make it smaller than data.max_length, or remove it",
+            ("data.max_length",),
+        )
+    if data.min_response_tokens >= data.max_length:
+        yield Fault(
+            "data.min_response_tokens",
+            f"no response can be that long: max_length, which counts the prompt too, is {data.max_length} "
+            f"(got {data.min_response_tokens})",
+            "make it smaller than data.max_length",
+            ("data.max_length",),
+        )
+    if recipe.model.chat_template == "none":
+        if data.system is not None:
+            yield Fault(
+                "data.system",
+                "with chat_template: none rows are taken as they are, so that there is no system turn",
+                "put the text into the prompts, or choose a template (chatml, plain, ...)",
+                ("model.chat_template",),
+            )
+        if recipe.loss.nll_tokens == "assistant":
+            yield Fault(
+                "loss.nll_tokens",
+                "with chat_template: none there are no turns to tell assistant turns by",
+                "use response or all",
+                ("model.chat_template",),
+            )
+
+
+def _impossible_train(recipe: Recipe) -> Iterator[Fault]:
+    train, evaluates = recipe.train, recipe.data.eval is not None
+    needs_eval = {
+        "eval_steps": train.eval_steps is not None,
+        "load_best_model_at_end": train.load_best_model_at_end,
+        "early_stopping_patience": train.early_stopping_patience is not None,
+        "metric_for_best_model": train.metric_for_best_model != "eval_loss",
+    }
+    for name, is_asked_for in needs_eval.items():
+        if is_asked_for and not evaluates:
+            yield Fault(
+                f"train.{name}",
+                "there is nothing to evaluate on: data.eval is null",
+                "hold some pairs out, e.g. data.eval: {holdout: 0.02}, or remove it",
+                ("data.eval",),
+            )
+    if train.warmup_steps and train.max_steps is not None and train.warmup_steps >= train.max_steps:
+        yield Fault(
+            "train.warmup_steps",
+            f"the warm-up would last the whole run: max_steps is {train.max_steps} (got {train.warmup_steps})",
+            "make it smaller than train.max_steps",
+            ("train.max_steps",),
+        )
+    if train.warmup_steps and train.lr_scheduler_type == "constant":
+        yield Fault(
+            "train.warmup_steps",
+            "the schedule constant has no warm-up",
+            "set lr_scheduler_type to constant_with_warmup, or remove warmup_steps",
+            ("train.lr_scheduler_type",),
+        )
+    if train.min_lr_ratio and train.lr_scheduler_type in ("constant", "constant_with_warmup"):
+        yield Fault(
+            "train.min_lr_ratio",
+            f"the schedule {train.lr_scheduler_type} does not decay",
+            "remove it, or set lr_scheduler_type to cosine_with_min_lr",
+            ("train.lr_scheduler_type",),
+        )

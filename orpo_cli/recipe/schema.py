@@ -1,7 +1,7 @@
 """The recipe: every key, its default, what it does, its unit, and what `auto` means.
 
 This is the only home of every default. The order of sections and keys is the order of the reference that is
-generated from it. What a key may hold stands in its type; what keys may not say together stands in `checks.py`.
+generated from it. What a key may hold stands in its type; what keys may not say together, in `checks.py`.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ class FilterSpec(Section):
         return {"column": self.column, self.op: self.value}
 
 
-ColumnMap = dict[Literal["prompt", "chosen", "rejected", "system"], Text]
+ColumnMap = dict[Literal["prompt", "chosen", "rejected", "system", "instruction", "input"], Text]
 
 
 class SourceSpec(Section):
@@ -287,10 +287,14 @@ class DataSection(Section):
     eval: EvalData | None = None
     """Held-out pairs: the same, or `{holdout: 0.02}` (a share, or a number of pairs if an integer), taken
     from `train` by prompt. null: no evaluation."""
-    format: Literal["auto", "strings", "messages", "hh", "alpaca", "sharegpt", "stack_exchange"] = "auto"
-    """Shape of the rows. `auto`: recognised from the columns."""
+    format: Literal[
+        "auto", "prompt", "alpaca", "question", "sharegpt", "input", "paired", "messages", "hh"
+    ] = "auto"
+    """Shape of the rows, by the columns that hold the prompt, or `messages` and `hh` for whole dialogues, as
+    messages or as text. `auto`: recognised from the first rows."""
     columns: ColumnMap = {}
-    """Our names to the data's: `{prompt: question, chosen: good, rejected: bad, system: system_prompt}`."""
+    """Our names to the data's, e.g. `{prompt: question, chosen: good, rejected: bad}`; a dot reaches into nested
+    values. Our names: prompt, chosen, rejected, system, instruction, input."""
     filter: list[FilterSpec] = []
     """Keep only rows that meet all of these, e.g. `[{column: status, ne: tie}, {column: chosen_score, ge:
     8}]`."""
