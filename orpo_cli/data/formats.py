@@ -1,8 +1,20 @@
-"""The shape of a row -> `Pair`: what the data says, before any template or tokenizer sees it."""
+"""The shape of a row -> `Pair`: what the data says, before any template or tokenizer sees it.
+
+`recognise` looks at the first rows of a source and says where prompt and responses stand; `read_pair` reads
+one row accordingly. Values are read by their own type: a row of messages among rows of strings is no trouble.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from orpo_cli.errors import DataError
+
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -38,3 +50,495 @@ class Drop(Exception):  # noqa: N818 - it drops a row, which is no error
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+
+# Recognising rows
+
+
+@dataclass(frozen=True)
+class Format:
+    """Where a source's rows keep the pair, in our names (after the recipe's `columns`).
+
+    `prompt` names the columns that make the prompt, joined by a blank line; none where whole dialogues stand
+    in `chosen` and `rejected`. `dialogue_text`: dialogues are text, "Human: ... Assistant: ...".
+    `repeats_prompt`: the responses begin with their prompt, which is cut off.
+    """
+
+    name: str
+    why: str
+    prompt: tuple[str, ...]
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    dialogue_text: bool = False
+    repeats_prompt: bool = False
+
+
+# In the order in which they are tried; any of these columns may hold text, one message or a list of messages.
+_LAYOUTS = (
+    Format("prompt", "strings or messages", ("prompt",)),
+    Format("alpaca", "instruction, and an input where there is one", ("instruction", "input")),
+    Format("question", "strings or messages", ("question",)),
+    Format("sharegpt", "the dialogue so far, and two answers", ("conversations",)),
+    Format("input", "strings or messages", ("input",)),
+    Format("paired", "two responses, the preferred one first", ("question",), "response_j", "response_k"),
+    Format("messages", "whole dialogues; what they have in common is the prompt", ()),
+    Format("hh", 'whole dialogues as text, "Human: ... Assistant: ..."', (), dialogue_text=True),
+)
+
+FORMATS: tuple[str, ...] = tuple(layout.name for layout in _LAYOUTS)
+"""What `data.format` may name, besides `auto`."""
+
+COLUMNS: tuple[str, ...] = ("prompt", "chosen", "rejected", "system", "instruction", "input")
+"""Our names, which `columns` may map to others."""
+
+
+def recognise(rows: Sequence[Row], columns: Mapping[str, str] | None = None, name: str = "auto") -> Format:
+    """Find the shape of a source from its first rows: the one that fits most of them.
+
+    `columns` maps our names to the rows' own and wins over what is there by itself; `name` is `data.format`.
+    Raises `DataError`, showing a row and the mapping to write, where no shape fits.
+    """
+    columns = columns or {}
+    if not rows:
+        raise DataError("the data has no readable row")
+    _check_mapping(rows, columns)
+    allowed = [layout for layout in _LAYOUTS if name in ("auto", layout.name)]
+    # A layout whose prompt the recipe maps goes before those that are found by their usual names.
+    allowed.sort(key=lambda layout: columns.keys().isdisjoint(layout.prompt))
+    fitting: dict[Format, list[Row]] = {}
+    for view in (_in_our_names(row, columns) for row in rows):
+        if layout := next((layout for layout in allowed if _fits(layout, view)), None):
+            fitting.setdefault(layout, []).append(view)
+    if fitting:
+        best = max(fitting, key=lambda layout: len(fitting[layout]))
+        return _completed(best, fitting[best])
+    asked = "" if name == "auto" else f" of the format {name!r}"
+    raise DataError(
+        f"no preference pair{asked} is recognised in these rows; the first one is\n{show_row(rows[0])}",
+        "name its columns in the recipe; a dot reaches into nested values:\n"
+        "data:\n  columns:\n    prompt: <the prompt, or the dialogue so far>\n"
+        "    chosen: <the preferred response>\n    rejected: <the other one>",
+    )
+
+
+def _check_mapping(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+    """Raise `DataError` for a mapping that no row can satisfy."""
+    for ours, theirs in columns.items():
+        if ours not in COLUMNS:
+            raise DataError(f"columns: {ours!r} is not one of our names", "they are " + ", ".join(COLUMNS))
+        _check_column(rows, theirs, f"columns.{ours}")
+
+
+def _check_column(rows: Sequence[Row], column: str, where: str) -> None:
+    if all(_lookup(row, column) is _MISSING for row in rows):
+        known = ", ".join(dict.fromkeys(key for row in rows for key in row))
+        raise DataError(f"{where}: the data has no column {column!r}", f"it has {known}")
+
+
+def _fits(layout: Format, view: Row) -> bool:
+    """Whether a row has the layout's columns, and in them what could be text or messages."""
+    needed = {*layout.prompt, layout.chosen, layout.rejected}
+    if layout.name == "alpaca":
+        needed.remove("input")
+    if not all(isinstance(view.get(column), (str, list, tuple, Mapping)) for column in needed):
+        return False
+    sides = (view[layout.chosen], view[layout.rejected])
+    if layout.dialogue_text:
+        return all(_is_dialogue(side) for side in sides)
+    # Two texts alone do not say what they answer.
+    return bool(layout.prompt) or not any(isinstance(side, str) for side in sides)
+
+
+def _completed(layout: Format, views: Sequence[Row]) -> Format:
+    """Say of a layout how the texts of most of these rows are to be read."""
+
+    def most(holds: Callable[[Any, str, str], bool]) -> bool:
+        rows = [(_prompt_or_none(view, layout), view[layout.chosen], view[layout.rejected]) for view in views]
+        texts = [row for row in rows if isinstance(row[1], str) and isinstance(row[2], str)]
+        return 2 * sum(holds(*row) for row in texts) > len(rows)
+
+    columns = "columns " + ", ".join((*layout.prompt, layout.chosen, layout.rejected))
+    if most(lambda prompt, chosen, rejected: _is_dialogue(chosen) or _is_dialogue_start(prompt)):
+        return replace(layout, name="hh", why=f"{columns}: dialogues as text", dialogue_text=True)
+    if most(lambda prompt, *sides: bool(prompt) and all(side.startswith(prompt) for side in sides)):
+        why = f"{columns}: strings, the responses repeat the prompt"
+        return replace(layout, why=why, repeats_prompt=True)
+    strings = most(lambda *_: True)
+    return replace(layout, why=f"{columns}: {'strings' if strings else 'messages'}")
+
+
+def _prompt_or_none(view: Row, layout: Format) -> str | None:
+    """Return the prompt if it is a text in one column."""
+    prompt = view[layout.prompt[0]] if len(layout.prompt) == 1 else None
+    return prompt if isinstance(prompt, str) and prompt.strip() else None
+
+
+def show_row(row: Row, width: int = 70) -> str:
+    """Show a row's columns with their values cut to `width` characters, one to a line."""
+    lines = []
+    for column, value in row.items():
+        text = repr(value)
+        lines.append(f"  {column}: {text if len(text) <= width else text[: width - 3] + '...'}")
+    return "\n".join(lines) or "  (no columns)"
+
+
+# Reading a row
+
+
+def read_pair(row: Row, fmt: Format, columns: Mapping[str, str] | None = None) -> Pair:
+    """Read one row; raises `Drop` (malformed, diverged, empty or identical) where it is no usable pair."""
+    view = _in_our_names(row, columns or {})
+    system = _system(view)
+    chosen, rejected = _turns(view, fmt.chosen), _turns(view, fmt.rejected)
+    prompt = _prompt(view, fmt, needed=isinstance(chosen, str) and isinstance(rejected, str))
+    if fmt.dialogue_text:
+        chosen, rejected = (_dialogue(prompt, side) for side in (chosen, rejected))
+    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+        if fmt.repeats_prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        return _usable(Pair(prompt, chosen, rejected, system))
+    whole_chosen = _whole(prompt, chosen, fmt.chosen)
+    whole_rejected = _whole(prompt, rejected, fmt.rejected)
+    pair = _split(whole_chosen, whole_rejected)
+    return _usable(with_system(pair, system) if system else pair)
+
+
+def with_system(pair: Pair, system: str) -> Pair:
+    """Give the pair this system turn, unless it has one."""
+    if isinstance(pair.prompt, str):
+        return pair if pair.system else replace(pair, system=system)
+    if any(message.role == "system" for message in pair.prompt):
+        return pair
+    return replace(pair, prompt=(Message("system", system), *pair.prompt))
+
+
+def _split(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> Pair:
+    """Part two whole dialogues into what they have in common and one assistant turn each, or drop them."""
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        roles = [message.role for message in side]
+        if roles[-1:] != ["assistant"]:
+            last = f"the {roles[-1]}'s" if roles else "no"
+            raise Drop("diverged", f"{name} ends with {last} turn, not the assistant's")
+        if roles[-2:-1] == ["assistant"]:
+            raise Drop("diverged", f"{name} ends with two assistant turns in a row")
+    if chosen[:-1] != rejected[:-1]:
+        raise Drop("diverged", "chosen and rejected differ before their last turn")
+    return Pair(chosen[:-1], chosen[-1].content, rejected[-1].content)
+
+
+def _usable(pair: Pair) -> Pair:
+    if isinstance(pair.prompt, str):
+        question = pair.prompt
+    else:
+        question = pair.prompt[-1].content if pair.prompt and pair.prompt[-1].role != "system" else ""
+    if not question.strip():
+        raise Drop("empty", "the prompt is empty")
+    for name, text in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if not text.strip():
+            raise Drop("empty", f"{name} is empty")
+    if pair.chosen == pair.rejected:
+        raise Drop("identical", "chosen and rejected are the same")
+    return pair
+
+
+def _prompt(view: Row, fmt: Format, needed: bool) -> str | tuple[Message, ...] | None:
+    """Return the prompt's text or messages; None where there is none and whole dialogues do without."""
+    if not fmt.prompt:
+        return None
+    if fmt.prompt == ("instruction", "input"):
+        parts = [_text(view.get("instruction", _MISSING), "instruction")]
+        if view.get("input") is not None:
+            parts.append(_text(view["input"], "input"))
+        return "\n\n".join(part for part in parts if part.strip())
+    (column,) = fmt.prompt
+    if view.get(column) is None and not (needed and not fmt.dialogue_text):
+        return None
+    return _turns(view, column)
+
+
+def _system(view: Row) -> str | None:
+    value = view.get("system")
+    if value is None:
+        return None
+    return _text(value, "system") or None
+
+
+def _whole(
+    prompt: str | tuple[Message, ...] | None, side: str | tuple[Message, ...], name: str
+) -> tuple[Message, ...]:
+    """Return the whole dialogue of one side: the side itself if it repeats the prompt, else both joined."""
+    if isinstance(side, str):
+        if prompt is None:
+            raise Drop("malformed", f"{name} is a text, and the row has no prompt")
+        side = (Message("assistant", side),)
+    if isinstance(prompt, str):
+        # A prompt beside a whole dialogue merely repeats its first question: the dialogue decides.
+        return (Message("user", prompt), *side) if len(side) == 1 else side
+    prompt = prompt or ()
+    overlap = max(n for n in range(len(prompt) + 1) if prompt[len(prompt) - n :] == side[:n])
+    if not overlap and prompt and side and prompt[-1].role == "user" and side[0].role in ("system", "user"):
+        return side  # it begins anew, in other words than the prompt's
+    return prompt + side[overlap:]
+
+
+# Values of a column
+
+_ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "function_response", "ipython"), "tool"),
+}
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_MISSING: Any = object()
+
+
+def _lookup(row: Row, column: str) -> Any:
+    """Return a column's value, a dot reaching into nested values, or `_MISSING`."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for name in column.split("."):
+        if isinstance(value, Mapping) and name in value:
+            value = value[name]
+        elif isinstance(value, (list, tuple)) and re.fullmatch(r"-?\d+", name) and _within(int(name), value):
+            value = value[int(name)]
+        else:
+            return _MISSING
+    return value
+
+
+def _within(index: int, values: Sequence[Any]) -> bool:
+    return -len(values) <= index < len(values)
+
+
+def _in_our_names(row: Row, columns: Mapping[str, str]) -> Row:
+    if not columns:
+        return row
+    mapped = {ours: _lookup(row, theirs) for ours, theirs in columns.items()}
+    kept = {column: value for column, value in row.items() if column not in mapped}
+    return kept | {ours: value for ours, value in mapped.items() if value is not _MISSING}
+
+
+def _turns(view: Row, column: str) -> str | tuple[Message, ...]:
+    """Return a column's text, or its messages, be they a list or a single one."""
+    value = view.get(column, _MISSING)
+    if isinstance(value, Mapping):
+        return (_message(value, column),)
+    if isinstance(value, (list, tuple)):
+        return tuple(_message(message, f"{column}[{i}]") for i, message in enumerate(value))
+    return _text(value, column)
+
+
+def _message(value: Any, where: str) -> Message:
+    """Read {role, content} or {from, value}."""
+    if not isinstance(value, Mapping):
+        raise Drop("malformed", f"{where} is {_found(value)}, not a message")
+    # Columnar files give every message the keys of both spellings, the unused ones null.
+    role_key, content_key = ("role", "content") if value.get("role") is not None else ("from", "value")
+    role = value.get(role_key, _MISSING)
+    if role is _MISSING:
+        raise Drop("malformed", f"{where} is a message with neither role nor from, but {', '.join(value)}")
+    if not isinstance(role, str) or role.strip().lower() not in _ROLES:
+        raise Drop("malformed", f"{where}.{role_key} is {_found(role)}, not a known role")
+    if value.get("tool_calls"):
+        raise Drop("malformed", f"{where}.tool_calls: calls beside the text cannot be rendered")
+    content = value.get(content_key, _MISSING)
+    if isinstance(content, (list, tuple)):
+        content = "".join(_part(part, f"{where}.{content_key}[{i}]") for i, part in enumerate(content))
+    return Message(_ROLES[role.strip().lower()], _text(content, f"{where}.{content_key}"))
+
+
+def _part(value: Any, where: str) -> str:
+    if not isinstance(value, Mapping) or value.get("type") != "text":
+        kind = value.get("type") if isinstance(value, Mapping) else value
+        raise Drop("malformed", f"{where} is {_found(kind)}, not a part of the type text")
+    return _text(value.get("text", _MISSING), f"{where}.text")
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise Drop("malformed", f"{where} is {_found(value)}, not a text")
+    if "\0" in value:
+        raise Drop("malformed", f"{where} has a NUL character at {value.index(chr(0))}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        surrogate = f"U+{ord(value[error.start]):04X}"
+        raise Drop("malformed", f"{where} has a lone surrogate, {surrogate}, at {error.start}") from None
+    return value
+
+
+def _found(value: Any) -> str:
+    """Say what was found in a value's place."""
+    if value is _MISSING:
+        return "missing"
+    if value is None or _is_nan(value):
+        return "null"
+    kinds = ((bool, "a boolean"), ((int, float), "a number"), (str, "a text"), (Mapping, "an object"))
+    kind = next((name for types, name in kinds if isinstance(value, types)), None)
+    if kind is None:
+        kind = "a list" if isinstance(value, (list, tuple)) else f"a {type(value).__name__}"
+    shown = repr(value)
+    return f"{kind} ({shown if len(shown) <= 40 else shown[:37] + '...'})"
+
+
+def _is_dialogue(text: Any) -> bool:
+    match = _TURN.match(text) if isinstance(text, str) else None
+    return match is not None and match[1] == "Human"
+
+
+def _is_dialogue_start(text: Any) -> bool:
+    return _is_dialogue(text) and text.rstrip().endswith("\n\nAssistant:")
+
+
+def _dialogue(
+    prompt: str | tuple[Message, ...] | None, side: str | tuple[Message, ...]
+) -> str | tuple[Message, ...]:
+    """Part "\\n\\nHuman: ...\\n\\nAssistant: ..." into turns, stripped of surrounding white space.
+
+    A side that is a bare answer continues its prompt, when that is a dialogue up to "Assistant:".
+    """
+    if not isinstance(side, str):
+        return side
+    if not _is_dialogue(side) and _is_dialogue_start(prompt):
+        side = f"{prompt} {side}"
+    if not _is_dialogue(side):
+        raise Drop("malformed", f"{_found(side)} does not begin with 'Human:', as the other rows do")
+    _, *parts = _TURN.split(side)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return tuple(
+        Message(roles[speaker], text.strip()) for speaker, text in zip(parts[::2], parts[1::2], strict=True)
+    )
+
+
+# Filtering
+
+
+class Filter(Protocol):
+    """One condition of `data.filter`: what `column` must be, compared by `operator` with `value`."""
+
+    @property
+    def column(self) -> str:
+        """Return the rows' own name of a column; a dot reaches into nested values."""
+
+    @property
+    def operator(self) -> str:
+        """Return eq, ne, gt, ge, lt, le, in, not_in, contains, not_contains, matches or is_null."""
+
+    @property
+    def value(self) -> Any:
+        """Return the value of the recipe."""
+
+
+def check_filters(rows: Sequence[Row], filters: Sequence[Filter]) -> None:
+    """Raise `DataError` for a filter on a column that none of a source's first rows has."""
+    for spec in filters:
+        _check_column(rows, spec.column, "filter")
+
+
+def passes(row: Row, filters: Sequence[Filter]) -> bool:
+    """Whether a row meets every filter. A column that this row lacks is null there.
+
+    A null passes no comparison but `ne`, `not_in` and `not_contains`. Values that cannot be compared, a word
+    with a number for instance, raise `Drop("malformed")`; a number written as text compares as the number.
+    """
+    return all(_holds(_lookup(row, spec.column), spec) for spec in filters)
+
+
+_ORDER = {
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+}
+
+
+def _holds(value: Any, spec: Filter) -> bool:
+    null = value is _MISSING or value is None or _is_nan(value)
+    match spec.operator:
+        case "is_null":
+            return null == spec.value
+        case "ne" | "not_in" | "not_contains" if null:
+            return True
+        case _ if null:
+            return False
+        case "eq":
+            return _equal(value, spec.value, spec)
+        case "ne":
+            return not _equal(value, spec.value, spec)
+        case "in":
+            return any(_equal(value, item, spec) for item in spec.value)
+        case "not_in":
+            return not any(_equal(value, item, spec) for item in spec.value)
+        case "contains":
+            return _contains(value, spec)
+        case "not_contains":
+            return not _contains(value, spec)
+        case "matches":
+            if not isinstance(value, str):
+                raise _incomparable(value, spec)
+            return re.search(spec.value, value) is not None
+        case "gt" | "ge" | "lt" | "le":
+            value, wanted = _alike(value, spec.value, spec)
+            if isinstance(value, (bool, list, tuple, Mapping)):
+                raise _incomparable(value, spec)
+            return bool(_ORDER[spec.operator](value, wanted))
+    raise ValueError(f"unknown filter operator {spec.operator!r}")
+
+
+def _equal(value: Any, wanted: Any, spec: Filter) -> bool:
+    if wanted is None:
+        return False
+    value, wanted = _alike(value, wanted, spec)
+    return bool(value == wanted)
+
+
+def _contains(value: Any, spec: Filter) -> bool:
+    if isinstance(value, str) and isinstance(spec.value, str):
+        return spec.value in value
+    if isinstance(value, (list, tuple)):
+        return spec.value in value
+    raise _incomparable(value, spec)
+
+
+def _alike(value: Any, wanted: Any, spec: Filter) -> tuple[Any, Any]:
+    """Return both values when they are of one kind, else drop the row."""
+
+    def kind(x: Any) -> type:
+        return float if isinstance(x, (int, float)) and not isinstance(x, bool) else type(x)
+
+    if kind(wanted) is float and isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise _incomparable(value, spec) from None
+    if kind(value) is not kind(wanted):
+        raise _incomparable(value, spec)
+    return value, wanted
+
+
+def _incomparable(value: Any, spec: Filter) -> Drop:
+    return Drop(
+        "malformed", f"{spec.column} is {_found(value)}, which {spec.operator} {spec.value!r} cannot compare"
+    )
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+# Templated strings
+
+_BOS = r"<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>|<\|startoftext\|>|<｜begin▁of▁sentence｜>|<BOS_TOKEN>"
+_TURN_MARKER = re.compile(
+    rf"\s*(?:(?:{_BOS})\s*)*"
+    r"(<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|system|assistant|User)\|>|<｜User｜>"
+    r"|\[INST\]|\[SYSTEM_PROMPT\]|<\|start_of_role\|>|<\|START_OF_TURN_TOKEN\|>|<\|start\|>|<\|turn>)"
+)
+
+
+def already_templated(text: str) -> str | None:
+    """Return the chat template's turn marker that begins the text, after white space and BOS, or None."""
+    match = _TURN_MARKER.match(text)
+    return match[1] if match else None
