@@ -1,0 +1,282 @@
+"""Chat templates: which one a recipe means, what ends a turn in it, and a tokenizer that knows its control tokens.
+
+A template is jinja text that transformers renders in its sandbox; what we need to know about one is found by
+rendering small probe dialogues, never by reading its source.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError
+
+from orpo_cli.data.formats import Drop, Message
+from orpo_cli.errors import ModelError
+
+PLAIN = """\
+{%- for message in messages -%}
+    {%- if not loop.first %}{{ "\\n\\n" }}{% endif -%}
+    {%- if message["role"] == "system" -%}
+        {{- message["content"] -}}
+    {%- else -%}
+        {{- message["role"] | capitalize + ": " + message["content"] -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- "\\n\\nAssistant:" -}}
+{%- elif messages[-1]["role"] == "assistant" -%}
+    {{- eos_token -}}
+{%- endif -%}
+"""
+
+CHATML = """\
+{%- for message in messages -%}
+    {{- "<|im_start|>" + message["role"] + "\\n" + message["content"] + "<|im_end|>\\n" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- "<|im_start|>assistant\\n" -}}
+{%- endif -%}
+"""
+
+LLAMA3_BOS = "<|begin_of_text|>"
+LLAMA3 = """\
+{{- bos_token or "<|begin_of_text|>" -}}
+{%- for message in messages -%}
+    {{- "<|start_header_id|>" + message["role"] + "<|end_header_id|>\\n\\n" -}}
+    {{- message["content"] + "<|eot_id|>" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" -}}
+{%- endif -%}
+"""
+
+BUILT_IN = {"plain": PLAIN, "chatml": CHATML, "llama3": LLAMA3}
+
+# What a tokenizer that names no EOS may call it. The last resort is to add the first: unlike </s>, it is never HTML.
+EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+PAD_NAMES = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "<|padding|>", "[PAD]", "<|PAD_TOKEN|>", "<|vision_pad|>")
+
+# How control tokens look that the tokenizer does not know yet: <|im_start|>, <|turn>, <turn|>, <start_of_turn>, <s>.
+CONTROL_LOOK = r"<[|｜][^<>|｜\s]+[|｜]?>|<[^<>|｜\s]+[|｜]>|<(?:start|end)_of_\w+>|</?s>"
+
+# Stands for a text while a template is probed: survives trimming and is in no template and no data.
+SENTINEL = "Zq7orpo0sentinel7qZ"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a dialogue becomes text, and what is known about it.
+
+    name: `tokenizer` (its own), `plain`, `chatml`, `llama3`, `none` or the path of a file.
+    source: jinja text; None for `none`, where strings are taken as they are.
+    kwargs: the recipe's `chat_template_kwargs`, handed to every rendering.
+    end_of_turn: the token text that ends a sequence; stock generation stops there.
+    control_tokens: the tokens that the template writes, `end_of_turn` among them, in order of appearance.
+    opening: what the template writes between the generation prompt and the answer: "" for most, " " for plain,
+        an empty think block for Qwen3.
+    """
+
+    name: str
+    source: str | None
+    kwargs: dict[str, Any]
+    end_of_turn: str
+    control_tokens: tuple[str, ...]
+    opening: str
+
+
+def resolve_template(
+    setting: str, tokenizer: Any, *, eos_token: str = "auto", kwargs: dict[str, Any]
+) -> ChatTemplate:
+    """`model.chat_template`, `eos_token` and `chat_template_kwargs` -> the template they mean for this tokenizer.
+
+    setting: auto (the tokenizer's own, else plain), plain, chatml, llama3, none, or the path of a jinja file.
+    eos_token: auto = the first control token that the template writes after an answer, else the tokenizer's EOS,
+        else a token of its vocabulary that is named like one, else a new `<|endoftext|>`.
+
+    Changes nothing; `fit_tokenizer` does. Raises ModelError for a template that is missing, broken or does not
+    write the answer.
+    """
+    require_offsets(tokenizer)
+    known = next((name for name in EOS_NAMES if tokenizer.backend_tokenizer.token_to_id(name) is not None), None)
+    eos = tokenizer.eos_token or known or EOS_NAMES[0]
+    if eos_token != "auto":
+        eos = eos_token
+    if setting == "none":
+        return ChatTemplate("none", None, dict(kwargs), eos, (eos,), "")
+
+    name, source = _find_source(setting, tokenizer)
+    probe = _Probe(tokenizer, name, source, {**kwargs, "eos_token": eos})
+    answered = probe.render(["user", "assistant"])
+    prompt = probe.render(["user"], add_generation_prompt=True)
+    if SENTINEL not in answered:
+        raise ModelError(
+            f"chat template {name}: it does not write the assistant's answer",
+            "check the template, or set model.chat_template to plain or chatml",
+        )
+    before, suffix = answered.rsplit(SENTINEL, 1)
+    look = control_pattern([eos, *special_tokens(tokenizer)], CONTROL_LOOK)
+    ending = look.search(suffix)
+    end_of_turn = ending.group() if ending and eos_token == "auto" else eos
+
+    # `fit_tokenizer` makes the end of turn the EOS. A template that writes eos_token elsewhere keeps the old one.
+    turns = ["user", "assistant", "user"]
+    as_it_was = probe.render(turns, add_generation_prompt=True)
+    if as_it_was != probe.render(turns, add_generation_prompt=True, eos_token=end_of_turn):
+        source = f"{{%- set eos_token = {json.dumps(eos)} -%}}\n{source}"
+
+    written = [match.group() for match in look.finditer(probe.with_system() + as_it_was + answered[: len(before)])]
+    return ChatTemplate(
+        name=name,
+        source=source,
+        kwargs=dict(kwargs),
+        end_of_turn=end_of_turn,
+        control_tokens=tuple(dict.fromkeys([*written, end_of_turn])),
+        opening=before[len(prompt) :] if before.startswith(prompt) else "",
+    )
+
+
+def fit_tokenizer(tokenizer: Any, template: ChatTemplate) -> list[str]:
+    """Teach `tokenizer` the template, in place: control tokens, chat_template, EOS = end of turn, a pad token.
+
+    Returns the tokens that were added to the vocabulary. A pad token never grows it: an existing pad-like token,
+    else unk, else EOS (targets are masked by position, so a pad that equals EOS hides no EOS from the loss).
+    """
+    from tokenizers import AddedToken
+
+    backend = tokenizer.backend_tokenizer
+    missing = [token for token in template.control_tokens if token not in tokenizer.added_tokens_encoder]
+    added = [token for token in missing if backend.token_to_id(token) is None]
+    if missing:
+        specials = [AddedToken(token, special=True, normalized=False) for token in missing]
+        tokenizer.add_special_tokens({"extra_special_tokens": specials}, replace_extra_special_tokens=False)
+    if template.source is not None:
+        tokenizer.chat_template = template.source
+    tokenizer.eos_token = template.end_of_turn
+    if tokenizer.bos_token is None and LLAMA3_BOS in template.control_tokens:
+        tokenizer.bos_token = LLAMA3_BOS
+    if tokenizer.pad_token is None:
+        pad_like = (name for name in PAD_NAMES if name in tokenizer.added_tokens_encoder)
+        tokenizer.pad_token = next(pad_like, tokenizer.unk_token or tokenizer.eos_token)
+    return added
+
+
+def render(
+    tokenizer: Any, template: ChatTemplate, messages: Sequence[Message], *, add_generation_prompt: bool = False
+) -> str:
+    """The dialogue as text, by stock `apply_chat_template` with the template's own kwargs.
+
+    Raises Drop("malformed") where the template refuses the dialogue.
+    """
+    conversation = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        return tokenizer.apply_chat_template(
+            conversation,
+            chat_template=template.source,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **template.kwargs,
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        detail = f"the chat template refuses the dialogue: {error}"
+        if messages and messages[0].role == "system":
+            try:
+                render(tokenizer, template, messages[1:], add_generation_prompt=add_generation_prompt)
+                detail = f"the chat template supports no system turn: {error}"
+            except Drop:
+                pass
+        raise Drop("malformed", detail) from None
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """The tokens that this tokenizer treats as control: added ones marked special, and BOS, EOS, pad and the like."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return list(dict.fromkeys([*added, *tokenizer.all_special_tokens]))
+
+
+def control_pattern(tokens: Sequence[str], *patterns: str) -> re.Pattern[str]:
+    """A regex for any of `tokens`, the longest first, else any of `patterns`; it never matches when both are empty."""
+    literal = [re.escape(token) for token in sorted(tokens, key=len, reverse=True)]
+    return re.compile("|".join([*literal, *patterns]) or "(?!)")
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether this tokenizer puts its BOS before a text by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def require_offsets(tokenizer: Any) -> None:
+    """Raise ModelError for a tokenizer that cannot say which characters a token covers."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"the tokenizer {type(tokenizer).__name__} gives no character offsets, so responses cannot be located",
+            "use a model with a fast tokenizer (a tokenizer.json), or convert it: "
+            "AutoTokenizer.from_pretrained(MODEL, use_fast=True).save_pretrained(DIR)",
+        )
+
+
+def _find_source(setting: str, tokenizer: Any) -> tuple[str, str]:
+    """The setting's (name, jinja text)."""
+    if setting == "auto" and tokenizer.chat_template:
+        try:
+            return "tokenizer", tokenizer.get_chat_template()
+        except ValueError as error:
+            raise ModelError(
+                f"the tokenizer holds several chat templates and no default: {error}",
+                "save the one you want to a file and set model.chat_template to its path",
+            ) from None
+    if setting == "auto":
+        setting = "plain"
+    if setting in BUILT_IN:
+        # Stock apply_chat_template adds no BOS of its own, so the template has to write the one seen in training.
+        bos = "{{- bos_token -}}\n" if setting != "llama3" and adds_bos(tokenizer) else ""
+        return setting, bos + BUILT_IN[setting]
+    try:
+        return setting, Path(setting).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"model.chat_template: {setting!r} is not a file that can be read ({error})",
+            f"give auto, {', '.join(BUILT_IN)}, none or the path of a jinja file",
+        ) from None
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Renders dialogues of sentinels with a template that no tokenizer has been given yet."""
+
+    tokenizer: Any
+    name: str
+    source: str
+    kwargs: dict[str, Any]
+
+    def render(self, roles: list[str], *, add_generation_prompt: bool = False, **kwargs: Any) -> str:
+        conversation = [{"role": role, "content": SENTINEL} for role in roles]
+        try:
+            return self.tokenizer.apply_chat_template(
+                conversation,
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **{**self.kwargs, **kwargs},
+            )
+        except TemplateSyntaxError as error:
+            raise ModelError(
+                f"chat template {self.name}, line {error.lineno}: {error.message}",
+                "correct the jinja text, or set model.chat_template to plain or chatml",
+            ) from None
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"chat template {self.name} cannot render {', '.join(roles)}: {error}",
+                "check the template and model.chat_template_kwargs, or set model.chat_template to plain or chatml",
+            ) from None
+
+    def with_system(self) -> str:
+        """A dialogue with a system turn, or "" where the template takes none."""
+        try:
+            return self.render(["system", "user"], add_generation_prompt=True)
+        except ModelError:
+            return ""
