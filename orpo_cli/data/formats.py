@@ -263,9 +263,7 @@ def _system(view: Row) -> str | None:
     return _text(value, "system") or None
 
 
-def _whole(
-    prompt: str | tuple[Message, ...] | None, side: str | tuple[Message, ...], name: str
-) -> tuple[Message, ...]:
+def _whole(prompt: str | tuple[Message, ...] | None, side: str | tuple[Message, ...], name: str) -> tuple[Message, ...]:
     """Return the whole dialogue of one side: the side itself if it repeats the prompt, else both joined."""
     if isinstance(side, str):
         if prompt is None:
@@ -392,9 +390,7 @@ def _is_dialogue_start(text: Any) -> bool:
     return _is_dialogue(text) and text.rstrip().endswith("\n\nAssistant:")
 
 
-def _dialogue(
-    prompt: str | tuple[Message, ...] | None, side: str | tuple[Message, ...]
-) -> str | tuple[Message, ...]:
+def _dialogue(prompt: str | tuple[Message, ...] | None, side: str | tuple[Message, ...]) -> str | tuple[Message, ...]:
     """Part "\\n\\nHuman: ...\\n\\nAssistant: ..." into turns, stripped of surrounding white space.
 
     A side that is a bare answer continues its prompt, when that is a dialogue up to "Assistant:".
@@ -407,9 +403,7 @@ def _dialogue(
         raise Drop("malformed", f"{_found(side)} does not begin with 'Human:', as the other rows do")
     _, *parts = _TURN.split(side)
     roles = {"Human": "user", "Assistant": "assistant"}
-    return tuple(
-        Message(roles[speaker], text.strip()) for speaker, text in zip(parts[::2], parts[1::2], strict=True)
-    )
+    return tuple(Message(roles[speaker], text.strip()) for speaker, text in zip(parts[::2], parts[1::2], strict=True))
 
 
 # Filtering
@@ -519,9 +513,7 @@ def _alike(value: Any, wanted: Any, spec: Filter) -> tuple[Any, Any]:
 
 
 def _incomparable(value: Any, spec: Filter) -> Drop:
-    return Drop(
-        "malformed", f"{spec.column} is {_found(value)}, which {spec.operator} {spec.value!r} cannot compare"
-    )
+    return Drop("malformed", f"{spec.column} is {_found(value)}, which {spec.operator} {spec.value!r} cannot compare")
 
 
 def _is_nan(value: Any) -> bool:

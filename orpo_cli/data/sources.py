@@ -1,0 +1,708 @@
+"""Rows from files, directories and the hub, in source order, held in memory or streamed.
+
+A row's position counts over all sources, one after the other, and is the same streamed or not. JSON, JSON lines
+and CSV are read here, value by value, for what a columnar reader cannot keep: texts that look like dates or
+nulls, a column with strings in one row and lists in another, one broken line among good ones. Directories, hub
+datasets and their splits are for `datasets` to resolve.
+"""
+
+from __future__ import annotations
+
+import bisect
+import csv
+import difflib
+import glob
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, Protocol, cast
+
+from orpo_cli.errors import DataError, RunError
+
+STREAM_ABOVE_BYTES = 1 << 30
+"""With `streaming: auto`, local files that are larger than this in all are streamed."""
+
+_KINDS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+_READABLE = ".json, .jsonl, .ndjson, .csv, .tsv (each also with .gz or .zst) and .parquet"
+
+
+class SourceSpec(Protocol):
+    """What is read of a recipe's source: where its rows are."""
+
+    path: str
+    name: str | None
+    split: str | None
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """Stands in the place of a row that could not be read; `detail` says why."""
+
+    detail: str
+
+
+Row = Mapping[str, Any] | BadRow
+
+
+@dataclass
+class Part:
+    """One file, or one split of a dataset: `read` opens it afresh and gives its rows from an offset on."""
+
+    source: int  # index of its spec
+    name: str
+    fingerprint: str
+    read: Callable[[int], Iterator[Row]]
+    count: int | None = None  # None: not known before it was read to its end
+    seen: int = 0
+    blank_lines: list[int] | None = None  # of JSON lines: the row before which each blank line stands
+
+    def holds(self, offset: int) -> bool:
+        """Whether there is a row at the offset; reads up to it where that is not known yet."""
+        if self.count is None and offset >= self.seen:
+            if next(self.read(offset), None) is not None:
+                self.seen = offset + 1
+            else:
+                self.count = sum(1 for _ in self.read(0))
+        return offset < (self.seen if self.count is None else self.count)
+
+
+class Rows:
+    """All sources' rows, one after the other.
+
+    `count` is the number of rows, None when `streamed`; `fingerprint` changes with the data's content.
+    """
+
+    def __init__(self, specs: Sequence[SourceSpec], parts: Sequence[Part], streamed: bool) -> None:
+        self.specs = tuple(specs)
+        self.streamed = streamed
+        self._parts = tuple(parts)
+        self.count = None if streamed else sum(part.count or 0 for part in parts)
+        self.fingerprint = _digest(part.fingerprint.encode() for part in parts)
+
+    def rows(self, start: int = 0) -> Iterator[Row]:
+        """Give the rows from the position `start` on. Every call reads afresh."""
+        first, offset = self._locate(start)
+        for part in self._parts[first:]:
+            for row in part.read(offset):
+                offset += 1
+                part.seen = max(part.seen, offset)
+                yield row
+            if part.count is None and offset <= part.seen:
+                part.count = part.seen
+            offset = 0
+
+    def heads(self, limit: int) -> list[list[Mapping[str, Any]]]:
+        """Return the first readable rows of each source, at most `limit` of them."""
+        heads: list[list[Mapping[str, Any]]] = [[] for _ in self.specs]
+        for index, head in enumerate(heads):
+            rows = itertools.chain.from_iterable(part.read(0) for part in self._parts if part.source == index)
+            head += [row for row in itertools.islice(rows, limit) if not isinstance(row, BadRow)]
+        return heads
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """Return each source's first position and the one after its last; reads a stream to its end."""
+        sizes = [0] * len(self.specs)
+        for part in self._parts:
+            if part.count is None:
+                part.count = sum(1 for _ in part.read(0))
+            sizes[part.source] += part.count
+        ends = list(itertools.accumulate(sizes))
+        return list(zip([0, *ends], ends, strict=False))
+
+    def source(self, position: int) -> int:
+        """Return the index of the source that holds the position."""
+        return self._parts[self._locate(position)[0]].source
+
+    def spec(self, position: int) -> SourceSpec:
+        """Return the spec of the source that holds the position."""
+        return self.specs[self.source(position)]
+
+    def where(self, position: int) -> str:
+        """Say where a position is: file or dataset, row (0-based), and for JSON lines the line (1-based)."""
+        index, row = self._locate(position)
+        part = self._parts[index]
+        if part.blank_lines is None:
+            return f"{part.name}, row {row}"
+        return f"{part.name}, row {row} (line {row + 1 + bisect.bisect(part.blank_lines, row)})"
+
+    def _locate(self, position: int) -> tuple[int, int]:
+        """Return the index of the part that holds the position, the last one if none does, and the offset in it."""
+        last = len(self._parts) - 1
+        for index, part in enumerate(self._parts):
+            if index == last or part.holds(position):
+                return index, position
+            position -= part.count or 0
+        raise AssertionError("there is always a part")
+
+
+def open_source(specs: Sequence[SourceSpec], streaming: Literal["auto"] | bool = "auto") -> Rows:
+    """Open the sources of `data.train` or `data.eval`.
+
+    `auto` streams hub datasets, and local files above `STREAM_ABOVE_BYTES` in all. Raises `DataError` for what
+    is missing, unreadable or without rows.
+    """
+    found = [_local_files(spec) for spec in specs]
+    size_bytes = sum(file.stat().st_size for files in found if files for file in files)
+    stream_files = streaming is True or (streaming == "auto" and size_bytes > STREAM_ABOVE_BYTES)
+    parts: list[Part] = []
+    streamed = streaming is True
+    for index, (spec, files) in enumerate(zip(specs, found, strict=True)):
+        if files is not None and _is_saved_dataset(Path(spec.path).expanduser()):
+            opened = [_saved_part(index, spec, files)]
+        elif files is not None:
+            opened = [_file_part(index, file, stream_files) for file in files]
+            streamed |= stream_files
+        else:
+            stream = streaming is True or (streaming == "auto" and not _sliced(spec.split) and not _offline())
+            opened = [_hub_part(index, spec, stream)]
+            streamed |= stream
+        if not any(part.holds(0) for part in opened):
+            raise DataError(f"{spec.path} holds no rows")
+        parts += opened
+    return Rows(specs, parts, streamed)
+
+
+# Local files
+
+
+def _local_files(spec: SourceSpec) -> list[Path] | None:
+    """Return the source's files in sorted order, or None if it is on the hub."""
+    path = Path(spec.path).expanduser()
+    if path.is_dir():
+        if _is_saved_dataset(path):
+            return sorted(path.rglob("*.arrow"))
+        return _directory_files(path, spec)
+    if path.is_file():
+        if _kind(path) is None:
+            raise DataError(f"{spec.path} is of no kind that can be read", f"files may be {_READABLE}")
+        files = [path]
+    elif glob.has_magic(spec.path):
+        matches = (Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207
+        files = sorted(match for match in matches if match.is_file() and _kind(match))
+        if not files:
+            raise DataError(f"no data file matches {spec.path}", f"files may be {_READABLE}")
+    elif _is_hub_id(spec.path):
+        return None
+    else:
+        raise DataError(f"there is no file or directory {spec.path}", _nearest(path))
+    if spec.name is not None:
+        raise DataError(f"{spec.path} is a file and has no configuration {spec.name!r}", "leave `name` out")
+    if spec.split not in (None, "train"):
+        raise DataError(f"{spec.path} is a file and has no split {spec.split!r}", "leave `split` out")
+    return files
+
+
+def _directory_files(path: Path, spec: SourceSpec) -> list[Path]:
+    """Return the files of one split of a directory, as `datasets` finds them: by their names or a dataset card."""
+    splits = _builder(spec, str(path), revision=None).config.data_files or {}
+    split = _choose_split([str(name) for name in splits], spec.split, spec.path)
+    files = sorted(Path(file) for file in splits[split])
+    if unread := [file.name for file in files if _kind(file) is None]:
+        raise DataError(f"{spec.path}: {unread[0]} is of no kind that can be read", f"files may be {_READABLE}")
+    return files
+
+
+def _kind(path: Path) -> str | None:
+    """Return the kind of file that the name tells, None for one that cannot be read."""
+    packed = path.suffix.lower() in (".gz", ".zst")
+    kind = _KINDS.get((path.with_suffix("") if packed else path).suffix.lower())
+    return None if packed and kind == "parquet" else kind
+
+
+def _nearest(path: Path) -> str:
+    """Suggest what may have been meant by a path that is not there."""
+    there = next(parent for parent in path.parents if parent.is_dir())
+    names = sorted(entry.name for entry in there.iterdir())
+    missing = path.relative_to(there).parts[0]
+    if close := difflib.get_close_matches(missing, names, n=3, cutoff=0.5):
+        return "nearest: " + ", ".join(str(there / name) for name in close)
+    return f"there is no {missing} in {there.resolve()}; a hub dataset is named owner/name"
+
+
+def _file_part(source: int, path: Path, streamed: bool) -> Part:
+    fingerprint = _file_digest(path)
+    if _kind(path) == "parquet":
+        return _parquet_part(source, path, fingerprint, streamed)
+    blank_lines: list[int] = []
+    with _damage_explained(path, lambda: 0):
+        items, parse = _reader(path, blank_lines)
+
+    def read(start: int) -> Iterator[Row]:
+        row = 0
+        with _damage_explained(path, lambda: row):
+            for item in items():
+                if row >= start:
+                    yield parse(item)
+                row += 1
+
+    lines = blank_lines if parse is _parse_line else None
+    if streamed:
+        return Part(source, str(path), fingerprint, read, blank_lines=lines)
+    held = list(read(0))
+    return Part(source, str(path), fingerprint, lambda start: iter(held[start:]), len(held), blank_lines=lines)
+
+
+@contextmanager
+def _damage_explained(path: Path, row: Callable[[], int]) -> Iterator[None]:
+    """Turn what a damaged file raises into a `DataError` that names the file and the row reached."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is damaged or cut short: row {row()} cannot be read ({error})") from error
+    except OSError as error:
+        raise DataError(f"{path}, row {row()}: {error.strerror or error}") from error
+
+
+def _reader(path: Path, blank_lines: list[int]) -> tuple[Callable[[], Iterator[Any]], Callable[[Any], Row]]:
+    """Return what opens a text file and gives its items one by one, and what makes a row of an item."""
+    kind = _kind(path)
+    if kind in ("csv", "tsv"):
+        return lambda: _table_rows(path, "," if kind == "csv" else "\t"), _as_row
+    match _json_shape(path):
+        case "lines":
+            return lambda: _lines(path, blank_lines), _parse_line
+        case "array":
+            return lambda: _array_items(path), _as_row
+        case "object":
+            return lambda: _object_items(path), _as_row
+
+
+def _open(path: Path) -> IO[bytes]:
+    """Open a file for reading its bytes, unpacked."""
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs.github.com/spec"):
+            raise DataError(f"{path} is a Git LFS pointer, not the data", "fetch the data with `git lfs pull`")
+    if path.suffix.lower() == ".gz":
+        return cast(IO[bytes], gzip.open(path))
+    if path.suffix.lower() == ".zst":
+        return io.BufferedReader(_ZstdFile(path))
+    return path.open("rb")
+
+
+class _ZstdFile(io.RawIOBase):
+    """A Zstandard file of one or more frames; unlike the library's own reader it notices a missing end."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise DataError(f"{path}: .zst needs one more package", "pip install 'orpo-cli[zstd]'") from None
+        self._new_frame = lambda: zstandard.ZstdDecompressor().decompressobj()
+        self._error = zstandard.ZstdError
+        self._file = path.open("rb")
+        self._frame = self._new_frame()
+        self._started = False  # inside a frame
+        self._unpacked = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._unpacked:
+            packed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame, self._started = self._new_frame(), False
+            packed = packed or self._file.read(1 << 17)
+            if not packed:
+                if self._started:
+                    raise EOFError("the compressed file ended before its end marker")
+                return 0
+            self._started = True
+            try:
+                self._unpacked = self._frame.decompress(packed)
+            except self._error as error:
+                raise EOFError(str(error)) from error
+        size = min(len(buffer), len(self._unpacked))
+        buffer[:size], self._unpacked = self._unpacked[:size], self._unpacked[size:]
+        return size
+
+    def close(self) -> None:
+        if not self.closed and hasattr(self, "_file"):
+            self._file.close()
+        super().close()
+
+
+def _not_utf8(path: Path) -> DataError:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return DataError(
+                    f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at {error.start})",
+                    f"convert it, for instance: iconv -f WINDOWS-1252 -t UTF-8 {path}",
+                )
+    return DataError(f"{path} is not UTF-8")
+
+
+# JSON: the value of every text is kept as it is
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | BadRow:
+    """Make an object of its members; one with a key twice has no one meaning."""
+    members = dict(pairs)
+    if len(members) == len(pairs):
+        return members
+    keys = [key for key, _ in pairs]
+    return BadRow(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+
+
+# Python writes NaN where other tools write null.
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique,
+    parse_constant=lambda name: None if name == "NaN" else float(name),
+    strict=False,
+)
+
+
+def _json_shape(path: Path) -> Literal["lines", "array", "object"]:
+    """Tell JSON lines from an array and from one object around the rows, whatever the file's name says."""
+    with _open(path) as file:
+        start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+    json_lines_by_name = _kind(path) == "jsonl"
+    if start.startswith(b"[") and not json_lines_by_name:
+        return "array"
+    with _open(path) as file:
+        lines = (line for line in map(bytes.strip, file) if line)
+        first, second = next(lines, b"").removeprefix(b"\xef\xbb\xbf"), next(lines, b"")
+    value = _value(first)
+    if isinstance(value, dict):
+        return "object" if not second and _wrapped(value) is not None else "lines"
+    if isinstance(value, list):
+        return "lines" if second else "array"
+    if first.startswith(b"["):
+        return "array"
+    return "lines" if json_lines_by_name or not first.startswith(b"{") or _value(second) else "object"
+
+
+def _value(text: bytes) -> Any:
+    """Return the JSON value of a line, None if it is none by itself."""
+    try:
+        return _DECODER.decode(text.decode())
+    except (ValueError, RecursionError):
+        return None
+
+
+def _lines(path: Path, blank_lines: list[int]) -> Iterator[bytes]:
+    """Give the lines that are not blank, and note in `blank_lines` the row before which a blank one stands."""
+    row = blanks = 0
+    with _open(path) as file:
+        for number, line in enumerate(file):
+            if number == 0:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                row += 1
+                yield line
+                continue
+            blanks += 1
+            if blanks > len(blank_lines):
+                blank_lines.append(row)
+
+
+def _parse_line(line: bytes) -> Row:
+    text = line.decode()
+    try:
+        return _as_row(_DECODER.decode(text))
+    except json.JSONDecodeError as error:
+        return BadRow(f"not JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"not JSON: {error}")
+
+
+def _as_row(value: Any) -> Row:
+    if isinstance(value, (Mapping, BadRow)):
+        return value
+    shown = json.dumps(value)
+    return BadRow(f"not an object with columns: {shown if len(shown) <= 60 else shown[:57] + '...'}")
+
+
+def _array_items(path: Path) -> Iterator[Any]:
+    """Give the items of a JSON array one by one, holding no more than some of the file at a time."""
+    between = re.compile(r"[\s,]*")
+    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
+        text = file.read(1 << 20).lstrip()
+        at, row = 1, 0  # behind the opening bracket
+        while True:
+            at = between.match(text, at).end()  # type: ignore[union-attr]  # matches anywhere
+            if text[at : at + 1] == "]":
+                return
+            problem = "the array does not end"
+            try:
+                if at < len(text):
+                    item, end = _DECODER.raw_decode(text, at)
+                    if end < len(text):
+                        yield item
+                        at, row = end, row + 1
+                        continue
+            except (ValueError, RecursionError) as error:
+                problem = f"not JSON: {getattr(error, 'msg', error)}: {text[at : at + 60]!r}"
+            # The item may go on behind what was read so far. Reading as much again keeps the work linear.
+            more = file.read(max(1 << 20, len(text) - at))
+            if not more:
+                raise DataError(f"{path}, row {row}: {problem}")
+            text, at = text[at:] + more, 0
+
+
+def _object_items(path: Path) -> Iterator[Any]:
+    """Give the rows of a file that is one object: a wrapper around a list of rows, or a single row."""
+    with _open(path) as file:
+        text = file.read().decode("utf-8-sig")
+    try:
+        value = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON: {error}") from error
+    rows = _wrapped(value) if isinstance(value, dict) else None
+    yield from [value] if rows is None else rows
+
+
+def _wrapped(value: Mapping[str, Any]) -> list[Any] | None:
+    """Return the rows of `{"data": [...]}`: the list of objects under a usual name."""
+    named = [value[name] for name in ("data", "rows", "examples", "instances", "train") if name in value]
+    lists = [rows for rows in named if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+    return lists[0] if len(lists) == 1 else None
+
+
+# Tables
+
+
+def _table_rows(path: Path, delimiter: str) -> Iterator[dict[str, str] | BadRow]:
+    """Give a CSV file's rows, every value a text as it stands in the file."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a long answer is longer than the default allows
+    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        header = next(reader, [])
+        if repeated := [name for name in header if header.count(name) > 1]:
+            raise DataError(f"{path}: two columns are named {repeated[0]!r}")
+        while True:
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield BadRow(f"not CSV: {error}")
+                continue
+            if len(values) == len(header):
+                yield dict(zip(header, values, strict=True))
+            elif values:
+                yield BadRow(f"{len(values)} fields under a header of {len(header)}")
+
+
+def _parquet_part(source: int, path: Path, fingerprint: str, streamed: bool) -> Part:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def explained(rows: Iterator[Row]) -> Iterator[Row]:
+        try:
+            yield from rows
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} is damaged, or no Parquet file: {_first_line(error)}") from error
+
+    def read(start: int) -> Iterator[Row]:
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                size = file.metadata.row_group(group).num_rows
+                if start < size:
+                    for batch in file.iter_batches(batch_size=256, row_groups=[group]):
+                        yield from batch.slice(start).to_pylist()
+                        start = max(0, start - len(batch))
+                else:
+                    start -= size
+
+    try:
+        count = pq.read_metadata(path).num_rows
+        table = None if streamed else pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is damaged, or no Parquet file: {_first_line(error)}") from error
+
+    def held(start: int) -> Iterator[Row]:
+        assert table is not None
+        for batch in table.slice(start).to_batches(max_chunksize=256):
+            yield from batch.to_pylist()
+
+    return Part(source, str(path), fingerprint, lambda start: explained((read if streamed else held)(start)), count)
+
+
+# Fingerprints
+
+_digests: dict[tuple[str, int, int], str] = {}
+
+
+def _file_digest(path: Path) -> str:
+    """Return the sha256 of a file's bytes, computed once for each state of the file."""
+    stat = path.stat()
+    key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    if key not in _digests:
+        with path.open("rb") as file:
+            _digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _digests[key]
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"\n".join(parts)).hexdigest()
+
+
+# Datasets, saved by the library or on the hub
+
+
+def _is_saved_dataset(path: Path) -> bool:
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def _saved_part(source: int, spec: SourceSpec, files: Sequence[Path]) -> Part:
+    """Open what `save_to_disk` wrote; it is mapped into memory, not read at once, streamed or not."""
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(Path(spec.path).expanduser()))
+    except Exception as error:
+        raise DataError(f"{spec.path} is not a dataset as `save_to_disk` writes it: {_first_line(error)}") from error
+    name = spec.path
+    if isinstance(found, datasets.DatasetDict):
+        split = _choose_split(list(found), spec.split, spec.path)
+        found, name = found[split], f"{spec.path} ({split})"
+        files = [file for file in files if file.parent.name == split]
+    elif spec.split not in (None, str(found.split), "train"):
+        raise DataError(f"{spec.path} holds a single split and has no {spec.split!r}", "leave `split` out")
+    fingerprint = _digest(_file_digest(file).encode() for file in files)
+    return Part(source, name, fingerprint, _dataset_reader(found), len(found))
+
+
+def _dataset_reader(dataset: Any) -> Callable[[int], Iterator[Row]]:
+    return lambda start: iter(dataset.select(range(min(start, len(dataset)), len(dataset))))
+
+
+def _hub_part(source: int, spec: SourceSpec, streamed: bool) -> Part:
+    """Open one split of a hub dataset. No code of the dataset's ever runs."""
+    import datasets
+
+    builder = _builder(spec, spec.path, spec.revision)
+    known = builder.config.data_files or builder.info.splits or {}
+    split = _choose_split([str(name) for name in known], spec.split, spec.path)
+    if streamed and _sliced(split):
+        raise DataError(
+            f"{spec.path}: a slice of a split, {split!r}, cannot be streamed",
+            "set `data.streaming: false`, or use `max_pairs`",
+        )
+    try:
+        dataset = datasets.load_dataset(spec.path, spec.name, split=split, revision=spec.revision, streaming=streamed)
+    except Exception as error:
+        raise _library_error(spec, error) from error
+    name = f"{spec.path} ({split})"
+    fingerprint = f"{spec.path} {spec.name} {split} {builder.hash}"  # the hash is the commit's
+    if not streamed:
+        return Part(source, name, fingerprint, _dataset_reader(dataset), len(dataset))
+
+    def read(start: int) -> Iterator[Row]:
+        row = start
+        try:
+            for item in dataset.skip(start) if start else dataset:
+                yield item
+                row += 1
+        except Exception as error:
+            if row == start:
+                raise _library_error(spec, error) from error
+            hint = "if it was the network, `orpo train --resume` goes on from the last checkpoint"
+            raise RunError(f"{name}, row {row}: the stream broke off: {_first_line(error)}", hint) from error
+
+    return Part(source, name, fingerprint, read)
+
+
+def _builder(spec: SourceSpec, path: str, revision: str | None) -> Any:
+    """Let `datasets` find out what a directory or hub dataset holds, without loading it."""
+    import datasets
+
+    try:
+        return datasets.load_dataset_builder(path, spec.name, revision=revision)
+    except Exception as error:
+        raise _library_error(spec, error) from error
+
+
+def _library_error(spec: SourceSpec, error: Exception) -> DataError:
+    """Put a failure of `datasets` into the user's terms."""
+    from datasets.exceptions import DatasetNotFoundError
+
+    text, path = _first_line(error), Path(spec.path).expanduser()
+    access = "log in with `hf auth login` or set HF_TOKEN"
+    # A path with a slip in it looks like a hub id, too.
+    here = f"; as a local path: {_nearest(path)}" if path.parent.is_dir() else ""
+    if isinstance(error, ConnectionError) and _offline():
+        return DataError(
+            f"{spec.path} is not in the hub's local cache, and HF_HUB_OFFLINE forbids to download it",
+            f"unset HF_HUB_OFFLINE, or give the path of local files{here}",
+        )
+    if isinstance(error, ConnectionError):
+        return DataError(
+            f"the hub cannot be reached for {spec.path}: {text}",
+            f"check the network, or give the path of local files{here}",
+        )
+    if "gated" in text:
+        terms = f"accept its terms at https://huggingface.co/datasets/{spec.path}"
+        return DataError(f"the hub dataset {spec.path} is gated", f"{terms}, then {access}")
+    if isinstance(error, DatasetNotFoundError) and "Revision" in text:
+        return DataError(f"the hub dataset {spec.path} has no revision {spec.revision!r}")
+    if isinstance(error, DatasetNotFoundError):
+        return DataError(
+            f"there is no file, directory or hub dataset {spec.path}, or it is private",
+            f"check the spelling; if it is private, {access}{here}",
+        )
+    if names := re.search(r"(?:Available|available configs): \[(.*)\]", str(error)):
+        lacks = "has several configurations" if spec.name is None else f"has no configuration {spec.name!r}"
+        return DataError(f"{spec.path} {lacks}", f"set `name` to one of {names[1]}")
+    if "scripts are no longer supported" in text:
+        return DataError(
+            f"{spec.path} is a loading script, and code from the hub is not run",
+            "its rows may exist as Parquet: set `revision: refs/convert/parquet`",
+        )
+    if path.is_dir():
+        return DataError(f"{spec.path} holds no data that can be read: {text}", f"files may be {_READABLE}")
+    return DataError(
+        f"{spec.path} cannot be read: {text}",
+        "if its rows are of different shapes, download the files and give their directory as the path",
+    )
+
+
+def _choose_split(names: Sequence[str], wanted: str | None, path: str) -> str:
+    """Return the wanted split, else `train`, else the only one; slices (`train[:100]`) are for `datasets`."""
+    choices = f"its splits are {', '.join(names)}"
+    if wanted is not None:
+        for name in re.split(r"\s*\+\s*", wanted):
+            if name.split("[")[0] not in names:
+                raise DataError(f"{path} has no split {name!r}", choices)
+        return wanted
+    if "train" in names or len(names) == 1:
+        return "train" if "train" in names else names[0]
+    raise DataError(f"{path} has no split `train`, and several others", f"set `split`: {choices}")
+
+
+def _is_hub_id(path: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) is not None and _kind(Path(path)) is None
+
+
+def _sliced(split: str | None) -> bool:
+    return split is not None and not re.fullmatch(r"[\w.-]+", split)
+
+
+def _offline() -> bool:
+    from datasets import config
+
+    return bool(config.HF_HUB_OFFLINE)
+
+
+def _first_line(error: BaseException) -> str:
+    cause = error.__cause__ if type(error).__name__.startswith("DatasetGeneration") else None
+    lines = str(cause or error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
