@@ -1,4 +1,4 @@
-"""Chat templates: which one a recipe means, what ends a turn in it, and a tokenizer that knows its control tokens.
+"""Chat templates: which one a recipe means, what ends a turn in it, and a tokenizer that knows its tokens.
 
 A template is jinja text that transformers renders in its sandbox; what we need to know about one is found by
 rendering small probe dialogues, never by reading its source.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,15 +58,15 @@ LLAMA3 = """\
 
 BUILT_IN = {"plain": PLAIN, "chatml": CHATML, "llama3": LLAMA3}
 
-# What a tokenizer that names no EOS may call it. The last resort is to add the first: unlike </s>, it is never HTML.
+# What a tokenizer that names no EOS may call it. The last resort is to add the first (</s> is HTML, too).
 EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
-PAD_NAMES = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "<|padding|>", "[PAD]", "<|PAD_TOKEN|>", "<|vision_pad|>")
+PAD_NAMES = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "<|padding|>", "[PAD]", "<|vision_pad|>")
 
-# How control tokens look that the tokenizer does not know yet: <|im_start|>, <|turn>, <turn|>, <start_of_turn>, <s>.
+# How control tokens look that the tokenizer does not have yet: <|im_start|>, <|turn>, <start_of_turn>, </s>.
 CONTROL_LOOK = r"<[|｜][^<>|｜\s]+[|｜]?>|<[^<>|｜\s]+[|｜]>|<(?:start|end)_of_\w+>|</?s>"
 
-# Stands for a text while a template is probed: survives trimming and is in no template and no data.
-SENTINEL = "Zq7orpo0sentinel7qZ"
+# Stands for a text while a template is probed: survives trimming, and no template and no data can hold it.
+SENTINEL = f"Zq{secrets.token_hex(8)}qZ"
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ class ChatTemplate:
     source: jinja text; None for `none`, where strings are taken as they are.
     kwargs: the recipe's `chat_template_kwargs`, handed to every rendering.
     end_of_turn: the token text that ends a sequence; stock generation stops there.
-    control_tokens: the tokens that the template writes, `end_of_turn` among them, in order of appearance.
-    opening: what the template writes between the generation prompt and the answer: "" for most, " " for plain,
-        an empty think block for Qwen3.
+    control_tokens: the control tokens that the template writes, in order of appearance; `end_of_turn` is one.
+    opening: what the template writes between the generation prompt and the answer: "" for most, " " for
+        plain, an empty think block for Qwen3.
     """
 
     name: str
@@ -89,23 +90,21 @@ class ChatTemplate:
     opening: str
 
 
-def resolve_template(
-    setting: str, tokenizer: Any, *, eos_token: str = "auto", kwargs: dict[str, Any]
-) -> ChatTemplate:
-    """`model.chat_template`, `eos_token` and `chat_template_kwargs` -> the template they mean for this tokenizer.
+def resolve_template(setting: str, tokenizer: Any, *, eos_token: str = "auto", kwargs: dict[str, Any]) -> ChatTemplate:
+    """Find the template that `model.chat_template`, `eos_token` and `chat_template_kwargs` mean.
 
     setting: auto (the tokenizer's own, else plain), plain, chatml, llama3, none, or the path of a jinja file.
-    eos_token: auto = the first control token that the template writes after an answer, else the tokenizer's EOS,
-        else a token of its vocabulary that is named like one, else a new `<|endoftext|>`.
+    eos_token: auto = the first control token that the template writes after an answer, else the tokenizer's
+        EOS, else a token of its vocabulary that is named like one, else a new `<|endoftext|>`.
 
-    Changes nothing; `fit_tokenizer` does. Raises ModelError for a template that is missing, broken or does not
-    write the answer.
+    The tokenizer is not changed; `fit_tokenizer` does that. Raises ModelError for a template that is missing,
+    broken or does not write the answer.
     """
     require_offsets(tokenizer)
-    known = next((name for name in EOS_NAMES if tokenizer.backend_tokenizer.token_to_id(name) is not None), None)
-    eos = tokenizer.eos_token or known or EOS_NAMES[0]
-    if eos_token != "auto":
-        eos = eos_token
+    eos = eos_token
+    if eos_token == "auto":
+        named = (name for name in EOS_NAMES if tokenizer.backend_tokenizer.token_to_id(name) is not None)
+        eos = tokenizer.eos_token or next(named, EOS_NAMES[0])
     if setting == "none":
         return ChatTemplate("none", None, dict(kwargs), eos, (eos,), "")
 
@@ -123,13 +122,13 @@ def resolve_template(
     ending = look.search(suffix)
     end_of_turn = ending.group() if ending and eos_token == "auto" else eos
 
-    # `fit_tokenizer` makes the end of turn the EOS. A template that writes eos_token elsewhere keeps the old one.
+    # The end of turn becomes the tokenizer's EOS; a template that writes eos_token elsewhere keeps the old one.
     turns = ["user", "assistant", "user"]
     as_it_was = probe.render(turns, add_generation_prompt=True)
     if as_it_was != probe.render(turns, add_generation_prompt=True, eos_token=end_of_turn):
         source = f"{{%- set eos_token = {json.dumps(eos)} -%}}\n{source}"
 
-    written = [match.group() for match in look.finditer(probe.with_system() + as_it_was + answered[: len(before)])]
+    written = look.findall(probe.with_system() + as_it_was + before)
     return ChatTemplate(
         name=name,
         source=source,
@@ -141,10 +140,10 @@ def resolve_template(
 
 
 def fit_tokenizer(tokenizer: Any, template: ChatTemplate) -> list[str]:
-    """Teach `tokenizer` the template, in place: control tokens, chat_template, EOS = end of turn, a pad token.
+    """Teach `tokenizer` the template, in place: control tokens, chat_template, EOS = end of turn, a pad.
 
-    Returns the tokens that were added to the vocabulary. A pad token never grows it: an existing pad-like token,
-    else unk, else EOS (targets are masked by position, so a pad that equals EOS hides no EOS from the loss).
+    Returns the tokens that were added to the vocabulary. A pad token never grows it: an existing pad-like one,
+    else unk, else EOS (targets are found by position, so a pad that equals EOS hides no EOS from the loss).
     """
     from tokenizers import AddedToken
 
@@ -166,7 +165,11 @@ def fit_tokenizer(tokenizer: Any, template: ChatTemplate) -> list[str]:
 
 
 def render(
-    tokenizer: Any, template: ChatTemplate, messages: Sequence[Message], *, add_generation_prompt: bool = False
+    tokenizer: Any,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = False,
 ) -> str:
     """The dialogue as text, by stock `apply_chat_template` with the template's own kwargs.
 
@@ -193,13 +196,13 @@ def render(
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
-    """The tokens that this tokenizer treats as control: added ones marked special, and BOS, EOS, pad and the like."""
+    """The tokens that this tokenizer treats as control: added ones marked special; BOS, EOS, pad and such."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return list(dict.fromkeys([*added, *tokenizer.all_special_tokens]))
 
 
 def control_pattern(tokens: Sequence[str], *patterns: str) -> re.Pattern[str]:
-    """A regex for any of `tokens`, the longest first, else any of `patterns`; it never matches when both are empty."""
+    """A regex for any of `tokens`, the longest first, or any of `patterns`; with neither, it matches nothing."""
     literal = [re.escape(token) for token in sorted(tokens, key=len, reverse=True)]
     return re.compile("|".join([*literal, *patterns]) or "(?!)")
 
@@ -213,9 +216,8 @@ def require_offsets(tokenizer: Any) -> None:
     """Raise ModelError for a tokenizer that cannot say which characters a token covers."""
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
-            f"the tokenizer {type(tokenizer).__name__} gives no character offsets, so responses cannot be located",
-            "use a model with a fast tokenizer (a tokenizer.json), or convert it: "
-            "AutoTokenizer.from_pretrained(MODEL, use_fast=True).save_pretrained(DIR)",
+            f"the tokenizer {type(tokenizer).__name__} does not say which characters its tokens cover",
+            "orpo needs a fast tokenizer: save the model with a tokenizer.json",
         )
 
 
@@ -232,7 +234,7 @@ def _find_source(setting: str, tokenizer: Any) -> tuple[str, str]:
     if setting == "auto":
         setting = "plain"
     if setting in BUILT_IN:
-        # Stock apply_chat_template adds no BOS of its own, so the template has to write the one seen in training.
+        # Stock apply_chat_template adds no BOS of its own: the template writes the one that training sees.
         bos = "{{- bos_token -}}\n" if setting != "llama3" and adds_bos(tokenizer) else ""
         return setting, bos + BUILT_IN[setting]
     try:
@@ -271,7 +273,7 @@ class _Probe:
         except (TemplateError, TypeError, ValueError) as error:
             raise ModelError(
                 f"chat template {self.name} cannot render {', '.join(roles)}: {error}",
-                "check the template and model.chat_template_kwargs, or set model.chat_template to plain or chatml",
+                "check the template and model.chat_template_kwargs, or set model.chat_template: plain",
             ) from None
 
     def with_system(self) -> str:

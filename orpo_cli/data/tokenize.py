@@ -1,20 +1,22 @@
-"""`Pair` -> token ids: rendering, BOS and end of turn, which token belongs to the response, the length policy.
+"""`Pair` -> token ids: rendering, BOS and end of turn, which tokens are the response's, the length policy.
 
-The whole text (prompt + response) is tokenised at once; a token belongs to the response if its last character does.
+The whole text (prompt + response) is tokenised at once; a token belongs to the response if its last character
+does.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from orpo_cli.data.formats import Drop, Message, Pair
+from orpo_cli.data.formats import Drop, Message, Pair, already_templated
 from orpo_cli.data.templates import (
     SENTINEL,
     ChatTemplate,
@@ -43,3 +45,436 @@ class TokenizedPair:
     chosen_start: int
     rejected_start: int
     assistant_mask: np.ndarray | None
+
+
+class PairTokenizer:
+    """Tokenises pairs by one template and one length policy.
+
+    `tokenizer` has been fitted to `template` (`fit_tokenizer`); it is not changed, and later changes to its
+    vocabulary are not seen. The other arguments are the recipe's keys of the same names.
+
+    Raises ModelError for a tokenizer without offsets or, with `add_bos`, without a BOS.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: ChatTemplate,
+        *,
+        max_length: int,
+        max_prompt_length: int | None = None,
+        overlong: str = "drop",
+        min_response_tokens: int = 1,
+        add_bos: bool | str = "auto",
+        nll_tokens: str = "response",
+    ) -> None:
+        require_offsets(tokenizer)
+        self.tokenizer = tokenizer
+        self.template = template
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length
+        self.overlong = overlong
+        self.min_response_tokens = min_response_tokens
+        self.masks_assistant = nll_tokens == "assistant"
+
+        self._bos_id: int | None = tokenizer.bos_token_id
+        self._end_id = tokenizer.convert_tokens_to_ids(template.end_of_turn)
+        self._add_bos = adds_bos(tokenizer) if add_bos == "auto" else bool(add_bos)
+        self._strip_bos = add_bos is False
+        if self._add_bos and self._bos_id is None:
+            raise ModelError(
+                "data.add_bos is true, but the tokenizer has no BOS token",
+                "leave data.add_bos at auto",
+            )
+        self._backend = _encoder(tokenizer)
+        self._guard: _Guard | None = None
+        if template.source is not None:
+            self._guard = _Guard(tokenizer, [*special_tokens(tokenizer), *template.control_tokens])
+            question = Message("user", SENTINEL)
+            answered = render(tokenizer, template, [question, Message("assistant", SENTINEL)])
+            # What the template writes after the answer, and as much of it as belongs to the sequence.
+            self._suffix = answered.rpartition(SENTINEL)[2]
+            self._closing = _through(self._suffix, template.end_of_turn)
+            if self.masks_assistant:
+                self._require_turns(question)
+
+    def __call__(self, pair: Pair, index: int) -> TokenizedPair:
+        """Tokenise row `index`.
+
+        Raises Drop for a row that cannot be used; DataError for one that is too long under `overlong: error`, or
+        that `none` cannot take.
+        """
+        [result] = self.batch([(index, pair)])
+        if isinstance(result, Drop):
+            raise result
+        return result
+
+    def batch(self, rows: Sequence[tuple[int, Pair]]) -> list[TokenizedPair | Drop]:
+        """Tokenise many (index, pair) rows in one call of the tokenizer, which is what makes it fast.
+
+        A row that cannot be used gives its Drop in its place; errors are raised as by a single call.
+        """
+        rendered: list[tuple[_Text, _Text] | Drop] = []
+        for index, pair in rows:
+            try:
+                rendered.append(self._texts(pair, self._dialogue(pair, index)))
+            except Drop as drop:
+                rendered.append(drop)
+        usable = [texts for texts in rendered if not isinstance(texts, Drop)]
+        encoded = iter(self._encode([text for texts in usable for text in texts]))
+
+        results: list[TokenizedPair | Drop] = []
+        for (index, pair), texts in zip(rows, rendered, strict=True):
+            if isinstance(texts, Drop):
+                results.append(texts)
+                continue
+            chosen, rejected = next(encoded), next(encoded)
+            try:
+                results.append(self._finish(pair, index, chosen, rejected))
+            except Drop as drop:
+                results.append(drop)
+        return results
+
+    # Text
+
+    def _dialogue(self, pair: Pair, index: int) -> tuple[Message, ...] | str:
+        """The prompt as the template takes it: messages, or under `none` a string."""
+        if self.template.source is None:
+            if not isinstance(pair.prompt, str) or pair.system:
+                what = "has a system text" if isinstance(pair.prompt, str) else "is a list of messages"
+                raise DataError(
+                    f"row {index}: its prompt {what}, and model.chat_template is none",
+                    "set model.chat_template: auto, plain, chatml or llama3, or give strings with their turns",
+                )
+            return pair.prompt
+        if not isinstance(pair.prompt, str):
+            return pair.prompt
+        for text in (pair.prompt, pair.chosen, pair.rejected):
+            if marker := already_templated(text):
+                raise Drop(
+                    "malformed",
+                    f"already templated with {marker}: set model.chat_template: none, which takes it as it is",
+                )
+        system = (Message("system", pair.system),) if pair.system else ()
+        return (*system, Message("user", pair.prompt))
+
+    def _texts(self, pair: Pair, prompt: tuple[Message, ...] | str) -> tuple[_Text, _Text]:
+        """The chosen and the rejected side as text, with `prompt` in place of the pair's own."""
+        if isinstance(prompt, str):
+            return (_Text(prompt + pair.chosen, len(prompt)), _Text(prompt + pair.rejected, len(prompt)))
+        assert self._guard is not None
+        answers = (pair.chosen, pair.rejected)
+        if guarded := self._guard.found_in([*(message.content for message in prompt), *answers]):
+            prompt = tuple(replace(message, content=self._guard.hide(message.content)) for message in prompt)
+            answers = (self._guard.hide(pair.chosen), self._guard.hide(pair.rejected))
+        opened = render(self.tokenizer, self.template, prompt, add_generation_prompt=True)
+        chosen, rejected = (self._text(prompt, opened, answer) for answer in answers)
+        if self.masks_assistant:
+            chosen = replace(chosen, turns=self._earlier_turns(prompt, chosen.text))
+        return (self._guard.reveal(chosen), self._guard.reveal(rejected)) if guarded else (chosen, rejected)
+
+    def _text(self, prompt: tuple[Message, ...], opened: str, answer: str) -> _Text:
+        """Render one side and find the response in it; `opened` is the rendered prompt."""
+
+        def rendered(answer: str) -> str:
+            return render(self.tokenizer, self.template, [*prompt, Message("assistant", answer)])
+
+        text, before, suffix = rendered(answer), opened, self._suffix
+        # White space before the answer is the prompt's; an empty think block is the model's to write.
+        if self.template.opening.isspace() and text.startswith(opened + self.template.opening):
+            before += self.template.opening
+        if not (text.startswith(before) and text.endswith(suffix)):
+            # The generation prompt is not how the template goes on to an answer: the response is its content.
+            before, _, suffix = rendered(SENTINEL).rpartition(SENTINEL)
+            if not (text.startswith(before) and text.endswith(suffix)):
+                raise Drop("malformed", "the chat template changes what stands before the answer with the answer")
+        end = len(text) - len(suffix)
+        return _Text(text[: end + len(_through(suffix, self.template.end_of_turn))], len(before))
+
+    def _earlier_turns(self, prompt: tuple[Message, ...], text: str) -> tuple[tuple[int, int], ...]:
+        """Character spans in `text` of the assistant turns before the last: content, and its end if one is written.
+
+        A sentinel in each turn's place shows what the template writes around them; the text is walked along that.
+        """
+        turns = [message.content for message in prompt if message.role == "assistant"]
+        if not turns:
+            return ()
+        probe = [replace(m, content=SENTINEL) if m.role == "assistant" else m for m in prompt]
+        probe.append(Message("assistant", SENTINEL))
+        around = render(self.tokenizer, self.template, probe).split(SENTINEL)
+        if len(around) != len(turns) + 2:
+            raise Drop("malformed", "the chat template does not write every assistant turn once")
+        around[-2] = around[-2].removesuffix(self.template.opening)
+        spans = []
+        position = 0
+        for i, content in enumerate(turns):
+            before, after = around[i], around[i + 1]
+            length = _written(content, after, text, position + len(before))
+            if length is None or not text.startswith(before, position):
+                raise Drop("malformed", f"the chat template does not write assistant turn {i + 1} as it is")
+            begin = position + len(before)
+            position = begin + length
+            spans.append((begin, position + (len(self._closing) if after.startswith(self._closing) else 0)))
+        return tuple(spans)
+
+    def _require_turns(self, question: Message) -> None:
+        """Raise ModelError for a template in which earlier assistant turns cannot be found."""
+        answer = Message("assistant", "an answer")
+        dialogue = (question, answer, question)
+        try:
+            self._earlier_turns(dialogue, render(self.tokenizer, self.template, [*dialogue, answer]))
+        except Drop as drop:
+            raise ModelError(
+                f"chat template {self.template.name} does not show its assistant turns ({drop.detail})",
+                "set loss.nll_tokens to response or all, or another model.chat_template",
+            ) from None
+
+    # Tokens
+
+    def _encode(self, texts: Sequence[_Text]) -> list[_Tokens]:
+        """Tokenise, and put BOS and end of turn where they are missing."""
+        encodings: list[Any] = [None] * len(texts)
+        for guarded in (False, True):
+            which = [i for i, text in enumerate(texts) if text.guarded == guarded]
+            if which:
+                encoder = self._guard.encoder if guarded and self._guard else self._backend
+                batch = encoder.encode_batch([texts[i].text for i in which], add_special_tokens=False)
+                for i, encoding in zip(which, batch, strict=True):
+                    encodings[i] = encoding
+        return [self._tokens(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+
+    def _tokens(self, text: _Text, encoding: Any) -> _Tokens:
+        ids = np.array(encoding.ids, dtype=np.int32)
+        if text.guarded and self._guard:
+            ids = self._guard.real_ids[ids]
+        ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 1]
+        start = _first_past(ends, text.start)
+        mask = None
+        if self.masks_assistant:
+            mask = np.arange(len(ids)) >= start
+            for begin, end in text.turns:
+                mask |= (begin < ends) & (ends <= end)
+
+        has_bos = self._has_bos(ids)
+        if self._strip_bos and has_bos and start > 0:
+            ids, start, mask = ids[1:], start - 1, None if mask is None else mask[1:]
+        elif self._add_bos and not has_bos:
+            ids, start = np.insert(ids, 0, self._bos_id), start + 1  # type: ignore[arg-type]
+            mask = None if mask is None else np.append(False, mask)
+        if not len(ids) or ids[-1] != self._end_id:
+            ids = np.append(ids, np.int32(self._end_id))
+            mask = None if mask is None else np.append(mask, True)
+        return _Tokens(ids, start, mask)
+
+    def _has_bos(self, ids: np.ndarray) -> bool:
+        return bool(len(ids)) and self._bos_id is not None and ids[0] == self._bos_id
+
+    # Length
+
+    def _finish(self, pair: Pair, index: int, chosen: _Tokens, rejected: _Tokens) -> TokenizedPair:
+        """Check the pair and bring it to length."""
+        for name, answer, side in (("chosen", pair.chosen, chosen), ("rejected", pair.rejected, rejected)):
+            count = side.response_tokens - (side.ids[-1] == self._end_id)
+            if not answer or count < self.min_response_tokens:
+                raise Drop("empty", f"{name} has {count} tokens, fewer than {self.min_response_tokens}")
+            if side.start < 1:
+                raise Drop("empty", "no token stands before the response: an empty prompt, and no BOS")
+        chosen, rejected = self._to_length(pair, index, chosen, rejected)
+        if np.array_equal(chosen.ids, rejected.ids):
+            raise Drop("identical", "chosen and rejected are the same tokens")
+        return TokenizedPair(index, chosen.ids, rejected.ids, chosen.start, rejected.start, chosen.mask)
+
+    def _to_length(self, pair: Pair, index: int, chosen: _Tokens, rejected: _Tokens) -> tuple[_Tokens, _Tokens]:
+        """Apply `overlong`: drop, error, or shorten the prompt first by whole messages, then by tokens."""
+        longest, prompt_length = max(len(chosen.ids), len(rejected.ids)), max(chosen.start, rejected.start)
+        too_long = ""
+        if longest > self.max_length:
+            too_long = f"{longest:,} tokens exceed max_length {self.max_length:,}"
+        elif self.max_prompt_length is not None and prompt_length > self.max_prompt_length:
+            too_long = f"{prompt_length:,} prompt tokens exceed max_prompt_length {self.max_prompt_length:,}"
+        if not too_long:
+            return chosen, rejected
+        if self.overlong == "error":
+            raise DataError(
+                f"row {index}: {too_long}",
+                "raise data.max_length, or set data.overlong to drop, truncate_prompt or truncate_response",
+            )
+        if self.overlong == "drop":
+            raise Drop("overlong", too_long)
+
+        for shorter in _shorter_prompts(self._dialogue(pair, index)):
+            if self._excess(chosen, rejected) <= 0:
+                break
+            chosen, rejected = self._encode(self._texts(pair, shorter))
+        excess = self._excess(chosen, rejected)
+        if excess > 0:
+            if min(chosen.start, rejected.start) - excess < 1:
+                raise Drop("overlong", f"{too_long}, and no prompt is left beside the response")
+            bos = int(self._has_bos(chosen.ids))
+            chosen, rejected = chosen.without(bos, excess), rejected.without(bos, excess)
+        if self.overlong == "truncate_response":
+            if self.max_length - max(chosen.start, rejected.start) < self.min_response_tokens:
+                raise Drop("overlong", f"{too_long}, and the prompt leaves no room for a response")
+            chosen, rejected = chosen.first(self.max_length), rejected.first(self.max_length)
+        return chosen, rejected
+
+    def _excess(self, chosen: _Tokens, rejected: _Tokens) -> int:
+        """How many tokens the prompt is too long by."""
+        excess = 0
+        if self.max_prompt_length is not None:
+            excess = max(chosen.start, rejected.start) - self.max_prompt_length
+        if self.overlong == "truncate_prompt":
+            excess = max(excess, max(len(chosen.ids), len(rejected.ids)) - self.max_length)
+        return excess
+
+
+@dataclass(frozen=True)
+class _Text:
+    """One side of a pair as text, where its response starts, and the spans of its earlier assistant turns.
+
+    Positions count characters. `guarded` text holds aliases for control tokens: only the guard's encoder reads it.
+    """
+
+    text: str
+    start: int
+    turns: tuple[tuple[int, int], ...] = ()
+    guarded: bool = False
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """One side of a pair as token ids (L,), where its response starts, its assistant mask (L,) if asked for."""
+
+    ids: np.ndarray
+    start: int
+    mask: np.ndarray | None
+
+    @property
+    def response_tokens(self) -> int:
+        return len(self.ids) - self.start
+
+    def first(self, count: int) -> _Tokens:
+        """The first `count` tokens."""
+        return _Tokens(self.ids[:count], self.start, None if self.mask is None else self.mask[:count])
+
+    def without(self, begin: int, count: int) -> _Tokens:
+        """All but `count` tokens of the prompt from `begin` on."""
+        kept = np.r_[:begin, begin + count : len(self.ids)]
+        return _Tokens(self.ids[kept], self.start - count, None if self.mask is None else self.mask[kept])
+
+
+class _Guard:
+    """Keeps control tokens in the content text, where the tokenizer would read them as control.
+
+    Before rendering, `hide` puts placeholders in their place; afterwards `reveal` turns those back, and the control
+    tokens that the template itself has written into aliases. `encoder` is the tokenizer with its control tokens
+    renamed to these aliases: all other text, their own names too, is ordinary to it.
+    """
+
+    def __init__(self, tokenizer: Any, controls: Sequence[str]) -> None:
+        # Unguessable, so that no data can forge an alias or a placeholder.
+        nonce = secrets.token_hex(8)
+        self._tokenizer = tokenizer
+        self._aliases = {control: f"<|{nonce}.{i}|>" for i, control in enumerate(dict.fromkeys(controls))}
+        self._placeholders = {control: f"Zq{nonce}x{i}x" for i, control in enumerate(self._aliases)}
+        self._controls = control_pattern(list(self._aliases))
+        self._revealed = self._aliases | {hidden: control for control, hidden in self._placeholders.items()}
+        self._rendered = control_pattern(list(self._revealed))
+
+    def found_in(self, contents: Iterable[str]) -> bool:
+        """Whether any of the contents holds a control token."""
+        return any(self._controls.search(content) for content in contents)
+
+    def hide(self, content: str) -> str:
+        """The content with placeholders for its control tokens."""
+        return self._controls.sub(lambda match: self._placeholders[match.group()], content)
+
+    def reveal(self, text: _Text) -> _Text:
+        """The rendered text as `encoder` reads it."""
+
+        def revealed(part: str) -> str:
+            return self._rendered.sub(lambda match: self._revealed[match.group()], part)
+
+        def moved(position: int) -> int:
+            return len(revealed(text.text[:position]))
+
+        turns = tuple((moved(begin), moved(end)) for begin, end in text.turns)
+        return _Text(revealed(text.text), moved(text.start), turns, guarded=True)
+
+    @cached_property
+    def encoder(self) -> Tokenizer:
+        """The tokenizer's backend with aliases for its control tokens."""
+        return _encoder(self._tokenizer, self._aliases)
+
+    @cached_property
+    def real_ids(self) -> np.ndarray:
+        """int32 (V,): the tokenizer's id for each id of `encoder`."""
+        ids = np.arange(self.encoder.get_vocab_size(), dtype=np.int32)
+        for id_, token in self._tokenizer.added_tokens_decoder.items():
+            ids[self.encoder.token_to_id(self._aliases.get(token.content, token.content))] = id_
+        return ids
+
+
+def _encoder(tokenizer: Any, aliases: Mapping[str, str] | None = None) -> Tokenizer:
+    """A copy of the tokenizer's backend that only encodes: adds, cuts and pads nothing, and trims no offsets.
+
+    With `aliases`, tokens go by other names, and the text of their own names is ordinary.
+    """
+    if not aliases:
+        copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        copy.post_processor = None
+        copy.no_truncation()
+        copy.no_padding()
+        return copy
+    spec = json.loads(_encoder(tokenizer).to_str())
+    for token in spec["added_tokens"]:
+        token["content"] = aliases.get(token["content"], token["content"])
+    # The model's vocabulary may hold them too: as {token: id} or, Unigram, as [[token, score], ...].
+    model = spec["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {aliases.get(token, token): id_ for token, id_ in model["vocab"].items()}
+    else:
+        model["vocab"] = [[aliases.get(token, token), score] for token, score in model["vocab"]]
+    if "merges" in model:
+        spelt = aliases.keys()
+        model["merges"] = [merge for merge in model["merges"] if not {*merge, "".join(merge)} & spelt]
+    if model.get("unk_token"):
+        model["unk_token"] = aliases.get(model["unk_token"], model["unk_token"])
+    return Tokenizer.from_str(json.dumps(spec))
+
+
+def _through(suffix: str, end_of_turn: str) -> str:
+    """`suffix` up to and including the end of turn; "" where it has none."""
+    before, found, _ = suffix.partition(end_of_turn)
+    return before + found if found else ""
+
+
+def _written(content: str, after: str, text: str, position: int) -> int | None:
+    """How many characters of `text` from `position` on are `content` as rendered, when `after` follows it.
+
+    A template may write it trimmed, or only its end (without a think block).
+    """
+    for written in (content, content.strip()):
+        if text.startswith(written + after, position):
+            return len(written)
+    end = text.find(after, position)
+    return end - position if end >= 0 and text[position:end] in content else None
+
+
+def _first_past(ends: np.ndarray, position: int) -> int:
+    """The first token whose last character stands at `position` or later; their number if there is none."""
+    return int(np.argmax(np.append(ends > position, True)))
+
+
+def _shorter_prompts(prompt: tuple[Message, ...] | str) -> Iterator[tuple[Message, ...]]:
+    """The dialogue without its oldest messages: from each later user turn on, at last from the last message.
+
+    The system turn stays. A string has nothing shorter.
+    """
+    if isinstance(prompt, str):
+        return
+    system = prompt[:1] if prompt and prompt[0].role == "system" else ()
+    turns = prompt[len(system) :]
+    for i in range(1, len(turns)):
+        if turns[i].role == "user" or i == len(turns) - 1:
+            yield (*system, *turns[i:])
