@@ -410,14 +410,14 @@ def _dialogue(prompt: str | tuple[Message, ...] | None, side: str | tuple[Messag
 
 
 class Filter(Protocol):
-    """One condition of `data.filter`: what `column` must be, compared by `operator` with `value`."""
+    """One condition of `data.filter`: what `column` must be, compared by `op` with `value`."""
 
     @property
     def column(self) -> str:
         """Return the rows' own name of a column; a dot reaches into nested values."""
 
     @property
-    def operator(self) -> str:
+    def op(self) -> str:
         """Return eq, ne, gt, ge, lt, le, in, not_in, contains, not_contains, matches or is_null."""
 
     @property
@@ -450,7 +450,7 @@ _ORDER = {
 
 def _holds(value: Any, spec: Filter) -> bool:
     null = value is _MISSING or value is None or _is_nan(value)
-    match spec.operator:
+    match spec.op:
         case "is_null":
             return null == spec.value
         case "ne" | "not_in" | "not_contains" if null:
@@ -477,8 +477,8 @@ def _holds(value: Any, spec: Filter) -> bool:
             value, wanted = _alike(value, spec.value, spec)
             if isinstance(value, (bool, list, tuple, Mapping)):
                 raise _incomparable(value, spec)
-            return bool(_ORDER[spec.operator](value, wanted))
-    raise ValueError(f"unknown filter operator {spec.operator!r}")
+            return bool(_ORDER[spec.op](value, wanted))
+    raise ValueError(f"unknown filter operator {spec.op!r}")
 
 
 def _equal(value: Any, wanted: Any, spec: Filter) -> bool:
@@ -513,7 +513,7 @@ def _alike(value: Any, wanted: Any, spec: Filter) -> tuple[Any, Any]:
 
 
 def _incomparable(value: Any, spec: Filter) -> Drop:
-    return Drop("malformed", f"{spec.column} is {_found(value)}, which {spec.operator} {spec.value!r} cannot compare")
+    return Drop("malformed", f"{spec.column} is {_found(value)}, which {spec.op} {spec.value!r} cannot compare")
 
 
 def _is_nan(value: Any) -> bool:

@@ -106,7 +106,7 @@ class Rows:
         heads: list[list[Mapping[str, Any]]] = [[] for _ in self.specs]
         for index, head in enumerate(heads):
             rows = itertools.chain.from_iterable(part.read(0) for part in self._parts if part.source == index)
-            head += [row for row in itertools.islice(rows, limit) if not isinstance(row, BadRow)]
+            head += itertools.islice((row for row in rows if not isinstance(row, BadRow)), limit)
         return heads
 
     def bounds(self) -> list[tuple[int, int]]:
@@ -145,26 +145,28 @@ class Rows:
         raise AssertionError("there is always a part")
 
 
-def open_source(specs: Sequence[SourceSpec], streaming: Literal["auto"] | bool = "auto") -> Rows:
-    """Open the sources of `data.train` or `data.eval`.
+def open_source(
+    specs: Sequence[SourceSpec], streaming: Literal["auto"] | bool = "auto", usual: Sequence[str] = ("train",)
+) -> Rows:
+    """Open sources. A source that names no split has its first one of `usual`, or else its only one.
 
     `auto` streams hub datasets, and local files above `STREAM_ABOVE_BYTES` in all. Raises `DataError` for what
     is missing, unreadable or without rows.
     """
-    found = [_local_files(spec) for spec in specs]
+    found = [_local_files(spec, usual) for spec in specs]
     size_bytes = sum(file.stat().st_size for files in found if files for file in files)
     stream_files = streaming is True or (streaming == "auto" and size_bytes > STREAM_ABOVE_BYTES)
     parts: list[Part] = []
     streamed = streaming is True
     for index, (spec, files) in enumerate(zip(specs, found, strict=True)):
         if files is not None and _is_saved_dataset(Path(spec.path).expanduser()):
-            opened = [_saved_part(index, spec, files)]
+            opened = [_saved_part(index, spec, usual, files)]
         elif files is not None:
             opened = [_file_part(index, file, stream_files) for file in files]
             streamed |= stream_files
         else:
             stream = streaming is True or (streaming == "auto" and not _sliced(spec.split) and not _offline())
-            opened = [_hub_part(index, spec, stream)]
+            opened = [_hub_part(index, spec, usual, stream)]
             streamed |= stream
         if not any(part.holds(0) for part in opened):
             raise DataError(f"{spec.path} holds no rows")
@@ -175,13 +177,15 @@ def open_source(specs: Sequence[SourceSpec], streaming: Literal["auto"] | bool =
 # Local files
 
 
-def _local_files(spec: SourceSpec) -> list[Path] | None:
+def _local_files(spec: SourceSpec, usual: Sequence[str]) -> list[Path] | None:
     """Return the source's files in sorted order, or None if it is on the hub."""
     path = Path(spec.path).expanduser()
     if path.is_dir():
+        if _sliced(spec.split):
+            raise DataError(f"{spec.path}: only a hub dataset's split can be sliced or summed", "use `max_pairs`")
         if _is_saved_dataset(path):
             return sorted(path.rglob("*.arrow"))
-        return _directory_files(path, spec)
+        return _directory_files(path, spec, usual)
     if path.is_file():
         if _kind(path) is None:
             raise DataError(f"{spec.path} is of no kind that can be read", f"files may be {_READABLE}")
@@ -202,10 +206,10 @@ def _local_files(spec: SourceSpec) -> list[Path] | None:
     return files
 
 
-def _directory_files(path: Path, spec: SourceSpec) -> list[Path]:
+def _directory_files(path: Path, spec: SourceSpec, usual: Sequence[str]) -> list[Path]:
     """Return the files of one split of a directory, as `datasets` finds them: by their names or a dataset card."""
     splits = _builder(spec, str(path), revision=None).config.data_files or {}
-    split = _choose_split([str(name) for name in splits], spec.split, spec.path)
+    split = _choose_split([str(name) for name in splits], spec, usual)
     files = sorted(Path(file) for file in splits[split])
     if unread := [file.name for file in files if _kind(file) is None]:
         raise DataError(f"{spec.path}: {unread[0]} is of no kind that can be read", f"files may be {_READABLE}")
@@ -562,7 +566,7 @@ def _is_saved_dataset(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def _saved_part(source: int, spec: SourceSpec, files: Sequence[Path]) -> Part:
+def _saved_part(source: int, spec: SourceSpec, usual: Sequence[str], files: Sequence[Path]) -> Part:
     """Open what `save_to_disk` wrote; it is mapped into memory, not read at once, streamed or not."""
     import datasets
 
@@ -572,7 +576,7 @@ def _saved_part(source: int, spec: SourceSpec, files: Sequence[Path]) -> Part:
         raise DataError(f"{spec.path} is not a dataset as `save_to_disk` writes it: {_first_line(error)}") from error
     name = spec.path
     if isinstance(found, datasets.DatasetDict):
-        split = _choose_split(list(found), spec.split, spec.path)
+        split = _choose_split(list(found), spec, usual)
         found, name = found[split], f"{spec.path} ({split})"
         files = [file for file in files if file.parent.name == split]
     elif spec.split not in (None, str(found.split), "train"):
@@ -585,13 +589,13 @@ def _dataset_reader(dataset: Any) -> Callable[[int], Iterator[Row]]:
     return lambda start: iter(dataset.select(range(min(start, len(dataset)), len(dataset))))
 
 
-def _hub_part(source: int, spec: SourceSpec, streamed: bool) -> Part:
+def _hub_part(source: int, spec: SourceSpec, usual: Sequence[str], streamed: bool) -> Part:
     """Open one split of a hub dataset. No code of the dataset's ever runs."""
     import datasets
 
     builder = _builder(spec, spec.path, spec.revision)
     known = builder.config.data_files or builder.info.splits or {}
-    split = _choose_split([str(name) for name in known], spec.split, spec.path)
+    split = _choose_split([str(name) for name in known], spec, usual)
     if streamed and _sliced(split):
         raise DataError(
             f"{spec.path}: a slice of a split, {split!r}, cannot be streamed",
@@ -675,17 +679,22 @@ def _library_error(spec: SourceSpec, error: Exception) -> DataError:
     )
 
 
-def _choose_split(names: Sequence[str], wanted: str | None, path: str) -> str:
-    """Return the wanted split, else `train`, else the only one; slices (`train[:100]`) are for `datasets`."""
+def _choose_split(names: Sequence[str], spec: SourceSpec, usual: Sequence[str]) -> str:
+    """Return the wanted split, else the first usual one, else the only one.
+
+    Slices and sums (`train[:100]+test`) are left to `datasets`.
+    """
     choices = f"its splits are {', '.join(names)}"
-    if wanted is not None:
-        for name in re.split(r"\s*\+\s*", wanted):
+    if spec.split is not None:
+        for name in re.split(r"\s*\+\s*", spec.split):
             if name.split("[")[0] not in names:
-                raise DataError(f"{path} has no split {name!r}", choices)
-        return wanted
-    if "train" in names or len(names) == 1:
-        return "train" if "train" in names else names[0]
-    raise DataError(f"{path} has no split `train`, and several others", f"set `split`: {choices}")
+                raise DataError(f"{spec.path} has no split {name!r}", choices)
+        return spec.split
+    if found := [name for name in usual if name in names] or (list(names) if len(names) == 1 else []):
+        return found[0]
+    raise DataError(
+        f"{spec.path} has several splits, and none is called {' or '.join(usual)}", f"set `split`; {choices}"
+    )
 
 
 def _is_hub_id(path: str) -> bool:
