@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orpo_cli.recipe.load import dump_recipe, load_recipe
 from orpo_cli.recipe.schema import (
     DataSection,
     FilterSpec,
@@ -26,4 +27,6 @@ __all__ = [
     "Recipe",
     "SourceSpec",
     "TrainSection",
+    "dump_recipe",
+    "load_recipe",
 ]

@@ -14,13 +14,23 @@ if TYPE_CHECKING:
 class Fault:
     """One thing that is wrong with a recipe.
 
-    `key` is the dotted key to report it at, `others` the further keys that have a part in it.
+    `key` is the dotted key to report it at, `others` the further keys that have a part in it; `place` says where
+    it stands if that is not where `key` stands (a duplicate).
     """
 
     key: str
     message: str
     hint: str | None = None
     others: tuple[str, ...] = ()
+    place: Place | None = None
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where a value was written: `file:line`, or the `--set` that gave it; in reading order."""
+
+    order: int
+    text: str
 
 
 class ImpossibleRecipeError(ValueError):
@@ -118,9 +128,8 @@ def _impossible_lora(recipe: Recipe) -> Iterator[Fault]:
         return
     if lora.adapter is not None:
         defaults = type(lora)()
-        # Dropout is no part of what the adapter is, and may change from run to run.
-        for name in type(lora).model_fields.keys() - {"adapter", "dropout", "trainable_tokens"}:
-            if getattr(lora, name) != getattr(defaults, name):
+        for name in type(lora).model_fields:
+            if name != "adapter" and getattr(lora, name) != getattr(defaults, name):
                 yield Fault(
                     f"lora.{name}",
                     "the configuration of lora.adapter decides this",
@@ -193,7 +202,7 @@ def _impossible_train(recipe: Recipe) -> Iterator[Fault]:
     if train.warmup_steps and train.max_steps is not None and train.warmup_steps >= train.max_steps:
         yield Fault(
             "train.warmup_steps",
-            f"the warm-up would last the whole run: max_steps is {train.max_steps} (got {train.warmup_steps})",
+            f"the warm-up would last the whole run, max_steps: {train.max_steps} (got {train.warmup_steps})",
             "make it smaller than train.max_steps",
             ("train.max_steps",),
         )

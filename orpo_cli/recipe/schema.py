@@ -63,9 +63,7 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Regex = Annotated[Text, AfterValidator(_is_regex)]
-JinjaFile = Annotated[
-    str, AfterValidator(_is_template_file), Field(description="the path of an existing .jinja file")
-]
+JinjaFile = Annotated[str, AfterValidator(_is_template_file), Field(description="an existing file.jinja")]
 Scalar = str | int | float | bool
 Number = int | float
 
@@ -197,9 +195,7 @@ class FilterSpec(Section):
     def _one_operator(self) -> FilterSpec:
         given = self._operators_given()
         if len(given) != 1:
-            raise ValueError(
-                f"a filter needs exactly one operator with a value, not {' and '.join(given) or 'none'}"
-            )
+            raise ValueError(f"a filter needs exactly one operator with a value, not {' and '.join(given) or 'none'}")
         return self
 
     def _operators_given(self) -> list[str]:
@@ -254,9 +250,7 @@ class Holdout(Section):
 
 def _as_sources(value: Any) -> Any:
     """A path, a source, or a list of both -> a list of sources."""
-    items = (
-        value if isinstance(value, list) else [value] if isinstance(value, str | dict | SourceSpec) else value
-    )
+    items = value if isinstance(value, list) else [value] if isinstance(value, str | dict | SourceSpec) else value
     if not isinstance(items, list):
         return value
     return [{"path": item} if isinstance(item, str) else item for item in items]
@@ -264,16 +258,16 @@ def _as_sources(value: Any) -> Any:
 
 def _eval_kind(value: Any) -> str:
     is_holdout = isinstance(value, Holdout) or (isinstance(value, dict) and "path" not in value)
-    return "holdout" if is_holdout else "sources"
+    return "<holdout>" if is_holdout else "<sources>"
 
 
 Sources = Annotated[
     list[SourceSpec],
-    Field(min_length=1),
+    Field(min_length=1, description="a hub id, file, glob or directory, or a list of {path, split, ...}"),
     BeforeValidator(_as_sources, json_schema_input_type=Text | SourceSpec | list[Text | SourceSpec]),
 ]
 EvalData = Annotated[
-    Annotated[Sources, Tag("sources")] | Annotated[Holdout, Tag("holdout")], Discriminator(_eval_kind)
+    Annotated[Sources, Tag("<sources>")] | Annotated[Holdout, Tag("<holdout>")], Discriminator(_eval_kind)
 ]
 
 
@@ -287,14 +281,12 @@ class DataSection(Section):
     eval: EvalData | None = None
     """Held-out pairs: the same, or `{holdout: 0.02}` (a share, or a number of pairs if an integer), taken
     from `train` by prompt. null: no evaluation."""
-    format: Literal[
-        "auto", "prompt", "alpaca", "question", "sharegpt", "input", "paired", "messages", "hh"
-    ] = "auto"
+    format: Literal["auto", "prompt", "alpaca", "question", "sharegpt", "input", "paired", "messages", "hh"] = "auto"
     """Shape of the rows, by the columns that hold the prompt, or `messages` and `hh` for whole dialogues, as
     messages or as text. `auto`: recognised from the first rows."""
     columns: ColumnMap = {}
-    """Our names to the data's, e.g. `{prompt: question, chosen: good, rejected: bad}`; a dot reaches into nested
-    values. Our names: prompt, chosen, rejected, system, instruction, input."""
+    """Our names to the data's, e.g. `{prompt: question, chosen: good, rejected: bad}`; a dot reaches into
+    nested values. Our names: prompt, chosen, rejected, system, instruction, input."""
     filter: list[FilterSpec] = []
     """Keep only rows that meet all of these, e.g. `[{column: status, ne: tie}, {column: chosen_score, ge:
     8}]`."""

@@ -1,0 +1,273 @@
+"""pydantic's complaints -> faults in plain words: what is wrong, what is allowed, what was meant."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from orpo_cli.recipe import checks, foreign, strict_yaml
+from orpo_cli.recipe.checks import Fault
+from orpo_cli.recipe.schema import Recipe
+
+Path = tuple[str | int, ...]
+
+
+def explain(error: ValidationError, tree: dict[str, Any], raw: dict[str, str | None]) -> list[Fault]:
+    """The faults behind a validation error of `tree`; `raw` has its scalars' own letters by dotted key."""
+    complaints: dict[Path, list[Any]] = {}
+    for complaint in error.errors(include_url=False):
+        cause = complaint.get("ctx", {}).get("error")
+        if isinstance(cause, checks.ImpossibleRecipeError):
+            return cause.faults
+        complaints.setdefault(_path(complaint, tree), []).append(complaint)
+    faults = [
+        _fault(path, alternatives, raw.get(dotted(path)))
+        for path, alternatives in complaints.items()
+        # A list may also be no text; its item that is wrong says it better.
+        if not any(len(other) > len(path) and other[: len(path)] == path for other in complaints)
+    ]
+    meant = {key for fault in faults for key in fault.others}
+    return [fault for fault in faults if not (fault.message.startswith("required") and fault.key in meant)]
+
+
+def dotted(path: Path) -> str:
+    """`("data", "filter", 0, "column")` -> `data.filter.0.column`."""
+    return ".".join(map(str, path))
+
+
+def annotation_at(path: Path) -> Any:
+    """The type that the schema gives to a key; None where it knows no such key."""
+    annotation: Any = Recipe
+    for part in path:
+        annotation = _child(annotation, part)
+    return annotation
+
+
+def _path(complaint: Any, tree: Any) -> Path:
+    """Where in the tree a complaint belongs: its location without the names of union branches."""
+    path: list[str | int] = []
+    value = tree
+    for part in complaint["loc"]:
+        is_key = isinstance(value, dict) and part in value
+        if is_key or (isinstance(value, list) and isinstance(part, int) and part < len(value)):
+            path.append(part)
+            value = value[part]
+    if complaint["type"] == "missing":
+        path.append(complaint["loc"][-1])
+    return tuple(path)
+
+
+def _fault(path: Path, complaints: Sequence[Any], raw: str | None) -> Fault:
+    """One fault out of the complaints that the branches of a key's type have about the same value."""
+    key, kinds, value = dotted(path), {complaint["type"] for complaint in complaints}, complaints[0]["input"]
+    choices = _choices_at(path)
+    if "extra_forbidden" in kinds or any(complaint["loc"][-1] == "[key]" for complaint in complaints):
+        return _unknown_key(path)
+    if "missing" in kinds:
+        return Fault(key, f"required, and missing (allowed: {_either(choices)})")
+    got = "" if isinstance(value, dict) else f"got {_show(value, raw)}"
+    for complaint in complaints:
+        if complaint["type"] == "value_error":
+            return Fault(key, f"{complaint['ctx']['error']}" + (f" ({got})" if got else ""))
+    hint = _hint(value, raw, choices, path)
+    if kinds & {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}:
+        wrong = "out of range"
+    elif kinds & {"too_short", "string_too_short"}:
+        wrong = "empty"
+    elif isinstance(value, str) and "literal_error" in kinds and not (hint or "").startswith("write"):
+        wrong = "unknown value"
+    else:
+        wrong = "wrong type"
+    return Fault(key, f"{wrong} (allowed: {_either(choices)}; {got or 'got a mapping'})", hint)
+
+
+# --------------------------------------------------------------------------------------------- what was meant
+
+
+def _unknown_key(path: Path) -> Fault:
+    key = dotted(path)
+    section, siblings = path[:-1], _keys(annotation_at(path[:-1]))
+    meant, note = _meant_key(path, siblings)
+    if meant:
+        return Fault(key, "unknown key", f"did you mean {meant}?" + (f" ({note})" if note else ""), (meant,))
+    if note:
+        return Fault(key, "unknown key", note)
+    of = f"of {dotted(section)}" if section else "sections"
+    return Fault(key, "unknown key", f"the keys {of} are {', '.join(siblings)}".replace("keys sections", "sections"))
+
+
+def _meant_key(path: Path, siblings: list[str]) -> tuple[str | None, str]:
+    """Our key that a wrong one stands for, and what to mind: (None, why) if it has none, (None, "") if
+    unknown."""
+    section, name = dotted(path[:-1]), str(path[-1]).lower().replace("-", "_")
+    homes = {key.rpartition(".")[2]: key for key in section_keys()}
+    if name in siblings:
+        return strict_yaml.join(section, name), ""
+    if len(path) <= 2:
+        if found := foreign.translate(strict_yaml.join(section, name)):
+            return found
+        if name in homes:
+            return homes[name], ""
+        if found := foreign.translate(name):
+            return found
+    if close := difflib.get_close_matches(name, siblings, 1, 0.6):
+        return strict_yaml.join(section, close[0]), ""
+    if close := difflib.get_close_matches(name, homes, 1, 0.8):
+        return homes[close[0]], ""
+    if close := difflib.get_close_matches(name, [*foreign.OUR_KEY, *foreign.NO_KEY], 1, 0.85):
+        return foreign.translate(close[0]) or (None, "")
+    return None, ""
+
+
+def _hint(value: Any, raw: str | None, choices: list[str], path: Path) -> str | None:
+    """How to write what was probably meant."""
+    annotation = annotation_at(path)
+    takes_number = any(choice.startswith(("a number", "a whole number")) for choice in choices)
+    if value is None:
+        return "write a value, or remove the line to take the default"
+    if isinstance(value, str):
+        return _hint_for_text(value, choices, takes_number)
+    if isinstance(value, float) and value.is_integer() and takes_number and not isinstance(value, bool):
+        return f"write {int(value)}" if any(c.startswith("a whole number") for c in choices) else None
+    if isinstance(value, int | float) and "text" in choices:
+        return f'write "{raw}", in quotes, if the text is meant' if raw else None
+    if not isinstance(value, list | dict) and any(get_origin(o) is list for o, _ in _branches(annotation)):
+        return f"write a list: [{_show(value, raw)}]"
+    return None
+
+
+def _hint_for_text(text: str, choices: list[str], takes_number: bool) -> str | None:
+    word = text.strip().lower()
+    if "true" in choices and word in ("yes", "on", "y", "true"):
+        return "write true"
+    if "false" in choices and word in ("no", "off", "n", "false"):
+        return "write false"
+    if "null" in choices and word in ("none", "null", "nil"):
+        return "write null"
+    if takes_number and isinstance(number := strict_yaml.scalar(_plain_number(text)), int | float):
+        return f"write {number}, a plain number without quotes"
+    if foreign.VALUES.get(word) in choices:
+        return f"did you mean {foreign.VALUES[word]}?"
+    if close := difflib.get_close_matches(word, choices, 1, 0.6):
+        return f"did you mean {close[0]}?"
+    return f"write a list: [{text}]" if any(choice.startswith("a list") for choice in choices) else None
+
+
+def _plain_number(text: str) -> str:
+    """`1_000`, `1,000`, `007` -> digits that are a number in a recipe."""
+    digits = text.strip().replace("_", "").replace(",", "")
+    return digits.lstrip("0") if digits.isdigit() and digits.strip("0") else digits
+
+
+def _show(value: Any, raw: str | None) -> str:
+    """A value as its writer sees it, cut to one short line."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return f"a list of {len(value)}" if value else "an empty list"
+    if value is None:
+        return "null" if raw else "nothing"
+    shown = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else raw or json.dumps(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+# --------------------------------------------------------------------------------------- what the schema allows
+
+
+def section_keys() -> list[str]:
+    """Every `section.key` of the recipe, in the order of the schema."""
+    sections = {name: _keys(annotation_at((name,))) for name in Recipe.model_fields}
+    return [f"{section}.{key}" for section, keys in sections.items() for key in keys]
+
+
+def _choices_at(path: Path) -> list[str]:
+    if today := checks.NOT_YET.get(dotted(path)):
+        return [json.dumps(value).strip('"') for value in today[0]]
+    return _choices(annotation_at(path))
+
+
+def _either(choices: list[str]) -> str:
+    return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]])) if choices else "nothing"
+
+
+def _branches(annotation: Any) -> list[tuple[Any, list[Any]]]:
+    """A type's alternatives without `Annotated`, each with its constraints."""
+    if get_origin(annotation) is Annotated:
+        inner, *metadata = get_args(annotation)
+        found = [m for item in metadata for m in ([item, *item.metadata] if isinstance(item, FieldInfo) else [item])]
+        return [(branch, [*constraints, *found]) for branch, constraints in _branches(inner)]
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [branch for option in get_args(annotation) for branch in _branches(option)]
+    return [(annotation, [])]
+
+
+def _choices(annotation: Any) -> list[str]:
+    """What a type allows, in words, each alternative once."""
+    return list(dict.fromkeys(word for branch in _branches(annotation) for word in _words(*branch)))
+
+
+def _words(kind: Any, constraints: list[Any]) -> list[str]:
+    for constraint in constraints:
+        if isinstance(constraint, FieldInfo) and constraint.description:
+            return [constraint.description]
+    limits = " and ".join(
+        f"{sign} {getattr(constraint, name)}"
+        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+        for constraint in constraints
+        if hasattr(constraint, name)
+    )
+    origin = get_origin(kind)
+    if origin is Literal:
+        return [str(value) for value in get_args(kind)]
+    if origin is list:
+        return [f"a list of {_either(_choices(get_args(kind)[0]))}"]
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return (
+            [f"a mapping with the keys {', '.join(_keys(kind))}"] if kind.__name__ in _SMALL else ["a mapping of keys"]
+        )
+    plain: dict[Any, list[str]] = {
+        bool: ["true", "false"],
+        int: [f"a whole number {limits}".rstrip()],
+        float: [f"a number {limits}".rstrip()],
+        str: ["text"],
+        type(None): ["null"],
+    }
+    return plain.get(kind, ["a mapping"] if origin is dict else ["any value"])
+
+
+_SMALL = ("FilterSpec", "SourceSpec", "Holdout")
+
+
+def _keys(annotation: Any) -> list[str]:
+    """The keys that a mapping of this type may have, as a recipe writes them."""
+    for kind, _ in _branches(annotation):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return [field.alias or name for name, field in kind.model_fields.items()]
+        if get_origin(kind) is dict and get_origin(get_args(kind)[0]) is Literal:
+            return list(get_args(get_args(kind)[0]))
+        if get_origin(kind) is list:
+            return _keys(get_args(kind)[0])
+    return []
+
+
+def _child(annotation: Any, part: str | int) -> Any:
+    for kind, _ in _branches(annotation):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            hints = get_type_hints(kind, include_extras=True)
+            for name, field in kind.model_fields.items():
+                if part == (field.alias or name):
+                    return hints[name]
+        elif get_origin(kind) is list:
+            item = get_args(kind)[0]
+            found = item if isinstance(part, int) else _child(item, part)
+            if found is not None:
+                return found
+        elif get_origin(kind) is dict:
+            return get_args(kind)[1]
+    return None
