@@ -71,11 +71,10 @@ def _fault(path: Path, complaints: Sequence[Any], raw: str | None) -> Fault:
         return _unknown_key(path)
     if "missing" in kinds:
         return Fault(key, f"required, and missing (allowed: {_either(choices)})")
-    got = "" if isinstance(value, dict) else f"got {_show(value, raw)}"
     for complaint in complaints:
         if complaint["type"] == "value_error":
-            return Fault(key, f"{complaint['ctx']['error']}" + (f" ({got})" if got else ""))
-    hint = _hint(value, raw, choices, path)
+            return Fault(key, f"{complaint['ctx']['error']} (got {_show(value, raw)})")
+    hint = _hint(value, raw, choices)
     if kinds & {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}:
         wrong = "out of range"
     elif kinds & {"too_short", "string_too_short"}:
@@ -84,7 +83,7 @@ def _fault(path: Path, complaints: Sequence[Any], raw: str | None) -> Fault:
         wrong = "unknown value"
     else:
         wrong = "wrong type"
-    return Fault(key, f"{wrong} (allowed: {_either(choices)}; {got or 'got a mapping'})", hint)
+    return Fault(key, f"{wrong} (allowed: {_either(choices)}; got {_show(value, raw)})", hint)
 
 
 # --------------------------------------------------------------------------------------------- what was meant
@@ -98,13 +97,12 @@ def _unknown_key(path: Path) -> Fault:
         return Fault(key, "unknown key", f"did you mean {meant}?" + (f" ({note})" if note else ""), (meant,))
     if note:
         return Fault(key, "unknown key", note)
-    of = f"of {dotted(section)}" if section else "sections"
-    return Fault(key, "unknown key", f"the keys {of} are {', '.join(siblings)}".replace("keys sections", "sections"))
+    there = f"keys of {dotted(section)}" if section else "sections"
+    return Fault(key, "unknown key", f"the {there} are {', '.join(siblings)}")
 
 
 def _meant_key(path: Path, siblings: list[str]) -> tuple[str | None, str]:
-    """Our key that a wrong one stands for, and what to mind: (None, why) if it has none, (None, "") if
-    unknown."""
+    """Our key that a wrong one stands for, and what to mind; (None, why) if there is none, (None, "") if unheard."""
     section, name = dotted(path[:-1]), str(path[-1]).lower().replace("-", "_")
     homes = {key.rpartition(".")[2]: key for key in section_keys()}
     if name in siblings:
@@ -125,24 +123,22 @@ def _meant_key(path: Path, siblings: list[str]) -> tuple[str | None, str]:
     return None, ""
 
 
-def _hint(value: Any, raw: str | None, choices: list[str], path: Path) -> str | None:
+def _hint(value: Any, raw: str | None, choices: list[str]) -> str | None:
     """How to write what was probably meant."""
-    annotation = annotation_at(path)
-    takes_number = any(choice.startswith(("a number", "a whole number")) for choice in choices)
     if value is None:
         return "write a value, or remove the line to take the default"
-    if isinstance(value, str):
-        return _hint_for_text(value, choices, takes_number)
-    if isinstance(value, float) and value.is_integer() and takes_number and not isinstance(value, bool):
-        return f"write {int(value)}" if any(c.startswith("a whole number") for c in choices) else None
-    if isinstance(value, int | float) and "text" in choices:
-        return f'write "{raw}", in quotes, if the text is meant' if raw else None
-    if not isinstance(value, list | dict) and any(get_origin(o) is list for o, _ in _branches(annotation)):
-        return f"write a list: [{_show(value, raw)}]"
+    if isinstance(value, str) and (hint := _hint_for_text(value, choices)):
+        return hint
+    if isinstance(value, float) and value.is_integer() and any(c.startswith("a whole number") for c in choices):
+        return f"write {int(value)}"
+    if isinstance(value, int | float) and raw and "text" in choices:
+        return f'write "{raw}", in quotes, if the text is meant'
+    if not isinstance(value, list | dict) and any(choice.startswith("a list") for choice in choices):
+        return f"write a list: [{raw or value}]"
     return None
 
 
-def _hint_for_text(text: str, choices: list[str], takes_number: bool) -> str | None:
+def _hint_for_text(text: str, choices: list[str]) -> str | None:
     word = text.strip().lower()
     if "true" in choices and word in ("yes", "on", "y", "true"):
         return "write true"
@@ -150,30 +146,27 @@ def _hint_for_text(text: str, choices: list[str], takes_number: bool) -> str | N
         return "write false"
     if "null" in choices and word in ("none", "null", "nil"):
         return "write null"
-    if takes_number and isinstance(number := strict_yaml.scalar(_plain_number(text)), int | float):
-        return f"write {number}, a plain number without quotes"
+    if any(choice.startswith(("a number", "a whole number")) for choice in choices):
+        number = _plain_number(word)
+        if len(number) < 40 and type(strict_yaml.scalar(number)) in (int, float):
+            return f"write {number}" + (" without quotes" if number == text else "")
     if foreign.VALUES.get(word) in choices:
         return f"did you mean {foreign.VALUES[word]}?"
-    if close := difflib.get_close_matches(word, choices, 1, 0.6):
-        return f"did you mean {close[0]}?"
-    return f"write a list: [{text}]" if any(choice.startswith("a list") for choice in choices) else None
+    close = difflib.get_close_matches(word, choices, 1, 0.6)
+    return f"did you mean {close[0]}?" if close else None
 
 
-def _plain_number(text: str) -> str:
-    """`1_000`, `1,000`, `007` -> digits that are a number in a recipe."""
-    digits = text.strip().replace("_", "").replace(",", "")
+def _plain_number(word: str) -> str:
+    """`1_000`, `1,000`, `007` -> how a recipe writes that number."""
+    digits = word.replace("_", "").replace(",", "")
     return digits.lstrip("0") if digits.isdigit() and digits.strip("0") else digits
 
 
 def _show(value: Any, raw: str | None) -> str:
     """A value as its writer sees it, cut to one short line."""
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, list):
-        return f"a list of {len(value)}" if value else "an empty list"
     if value is None:
         return "null" if raw else "nothing"
-    shown = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else raw or json.dumps(value)
+    shown = raw if raw and not isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
@@ -228,9 +221,7 @@ def _words(kind: Any, constraints: list[Any]) -> list[str]:
     if origin is list:
         return [f"a list of {_either(_choices(get_args(kind)[0]))}"]
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return (
-            [f"a mapping with the keys {', '.join(_keys(kind))}"] if kind.__name__ in _SMALL else ["a mapping of keys"]
-        )
+        return [f"a mapping of {', '.join(_keys(kind)[:3])}, ..."]
     plain: dict[Any, list[str]] = {
         bool: ["true", "false"],
         int: [f"a whole number {limits}".rstrip()],
@@ -239,9 +230,6 @@ def _words(kind: Any, constraints: list[Any]) -> list[str]:
         type(None): ["null"],
     }
     return plain.get(kind, ["a mapping"] if origin is dict else ["any value"])
-
-
-_SMALL = ("FilterSpec", "SourceSpec", "Holdout")
 
 
 def _keys(annotation: Any) -> list[str]:

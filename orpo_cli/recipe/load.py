@@ -23,8 +23,7 @@ MAX_BYTES = 1_000_000
 
 @dataclass
 class _Draft:
-    """A recipe before it is known to be right: its values, and by dotted key where and in what letters they
-    stand."""
+    """A recipe before it is known to be right: its values, and by dotted key where and in what letters they stand."""
 
     tree: dict[str, Any]
     places: dict[str, Place]
@@ -136,8 +135,7 @@ def _override(draft: _Draft, override: str, place: Place) -> None:
 
 
 def _parts(name: str) -> list[str]:
-    """The steps of a dotted key; the keys of a free mapping (`lora.rank_pattern`) may hold dots
-    themselves."""
+    """The steps of a dotted key; the keys of a free mapping (`lora.rank_pattern`) may hold dots themselves."""
     parts = name.split(".")
     annotation = plain_words.annotation_at(tuple(parts[:2]))
     return [*parts[:2], ".".join(parts[2:])] if get_origin(annotation) is dict and parts[2:] else parts
@@ -153,7 +151,7 @@ def _put(tree: dict[str, Any], parts: list[str], value: Any) -> str:
     key = ""
     for position, part in enumerate(parts):
         if isinstance(node, list) and len(node) == 1 and part in SourceSpec.model_fields:
-            node[0] = {"path": node[0]} if isinstance(node[0], str) else node[0]
+            node[0] = node[0] if isinstance(node[0], dict) else {"path": node[0]}
             node, key = node[0], join(key, 0)
         step: Any = part
         if isinstance(node, list):
@@ -179,8 +177,7 @@ def _put(tree: dict[str, Any], parts: list[str], value: Any) -> str:
 
 
 def _fill_blank_sections(draft: _Draft) -> None:
-    """A section whose lines are all commented out has its defaults; a blank `lora:` could be meant either
-    way."""
+    """A section whose lines are all commented out has its defaults; a blank `lora:` could be meant either way."""
     for name in Recipe.model_fields:
         is_blank = name in draft.tree and draft.tree[name] is None and draft.raw.get(name) == ""
         if is_blank and name == "lora":
@@ -200,7 +197,6 @@ def _validate(draft: _Draft, context: dict[str, Any]) -> Recipe | None:
     tree = draft.tree
     wrong: set[str] = set()
     doubtful: set[str] = set()  # also the keys that misspelt ones were meant for
-
     while True:
         try:
             recipe = Recipe.model_validate(tree, context=context)

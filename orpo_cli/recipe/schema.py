@@ -87,11 +87,11 @@ class ModelSection(Section):
     ] = "auto"
     """Attention kernels. `auto`: the fastest that is right for this model and device."""
     shared_prefix: Literal["auto"] | bool = "auto"
-    """Compute a pair's prompt once for both of its answers. `auto`: where the model is shown to allow it;
-    false: chosen and rejected are padded and run apart."""
+    """Compute a pair's prompt once for both of its answers. `auto`: where the model is shown to allow it; false:
+    chosen and rejected are padded and run apart."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in the backward pass: less memory, about a third more time. `auto`: where the
-    plan would not fit without."""
+    """Recompute activations in the backward pass: less memory, about a third more time. `auto`: where the plan would
+    not fit without."""
     device_map: Text | dict[str, int | str] | None = None
     """Spread one model over several devices. null: the whole model on each process's device."""
     disable_dropout: bool = True
@@ -120,13 +120,13 @@ class LoraSection(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs that is dropped in training."""
     target_modules: Text | Annotated[list[Text], Field(min_length=1)] = "all-linear"
-    """Layers that get an adapter: `all-linear` (all but the head), a list of name endings, or a regular
-    expression over whole names."""
+    """Layers that get an adapter: `all-linear` (all but the head), a list of name endings, or a regular expression
+    over whole names."""
     exclude_modules: list[Text] = []
     """Name endings of layers that get none."""
     trainable_tokens: Literal["auto"] | list[Text] = "auto"
-    """Tokens whose embedding rows are trained beside the adapter. `auto`: those of the template that were
-    added or never trained; []: none."""
+    """Tokens whose embedding rows are trained beside the adapter. `auto`: those of the template that were added or
+    never trained; []: none."""
     modules_to_save: list[Text] = []
     """Layers trained whole and saved with the adapter, e.g. `[embed_tokens, lm_head]`."""
     use_rslora: bool = False
@@ -138,8 +138,7 @@ class LoraSection(Section):
     rank_pattern: dict[str, Count] = {}
     """Ranks of single layers, by name or regular expression, e.g. `{down_proj: 32}`."""
     adapter: Text | None = None
-    """Go on training this adapter (hub id or directory), whose own configuration then decides everything
-    above."""
+    """Go on training this adapter (hub id or directory), whose own configuration then decides everything above."""
 
 
 FILTER_OPERATORS = {
@@ -156,13 +155,11 @@ FILTER_OPERATORS = {
     "matches": "matches",
     "is_null": "is_null",
 }
-"""The operators of a filter, by the name a recipe uses, with the field of `FilterSpec` that holds its
-operand."""
+"""The operators of a filter, by the name a recipe uses, with the field of `FilterSpec` that holds its operand."""
 
 
 class FilterSpec(Section):
-    """A condition on a row that keeps it: one column and exactly one operator, e.g. `{column: score, ge:
-    8}`."""
+    """A condition on a row that keeps it: one column and exactly one operator, e.g. `{column: score, ge: 8}`."""
 
     column: Text
     """The column of the source, as the data calls it."""
@@ -272,24 +269,22 @@ EvalData = Annotated[
 
 
 class DataSection(Section):
-    """The preference pairs: where from, in which shape, how long, and what becomes of those that do not
-    fit."""
+    """The preference pairs: where from, in which shape, how long, and what becomes of those that do not fit."""
 
     train: Sources
-    """Training pairs: a hub id, file, glob or directory, or a list of `{path, name, split, revision, weight,
-    columns, filter, max_pairs}`. Required."""
+    """Training pairs: a hub id, file, glob or directory, or a list of `{path, name, split, revision, weight, columns,
+    filter, max_pairs}`. Required."""
     eval: EvalData | None = None
-    """Held-out pairs: the same, or `{holdout: 0.02}` (a share, or a number of pairs if an integer), taken
-    from `train` by prompt. null: no evaluation."""
+    """Held-out pairs: the same, or `{holdout: 0.02}` (a share, or a number of pairs if an integer), taken from
+    `train` by prompt. null: no evaluation."""
     format: Literal["auto", "prompt", "alpaca", "question", "sharegpt", "input", "paired", "messages", "hh"] = "auto"
-    """Shape of the rows, by the columns that hold the prompt, or `messages` and `hh` for whole dialogues, as
-    messages or as text. `auto`: recognised from the first rows."""
+    """Shape of the rows, by the columns that hold the prompt, or `messages` and `hh` for whole dialogues, as messages
+    or as text. `auto`: recognised from the first rows."""
     columns: ColumnMap = {}
-    """Our names to the data's, e.g. `{prompt: question, chosen: good, rejected: bad}`; a dot reaches into
-    nested values. Our names: prompt, chosen, rejected, system, instruction, input."""
+    """Our names to the data's, e.g. `{prompt: question, chosen: good, rejected: bad}`; a dot reaches into nested
+    values. Our names: prompt, chosen, rejected, system, instruction, input."""
     filter: list[FilterSpec] = []
-    """Keep only rows that meet all of these, e.g. `[{column: status, ne: tie}, {column: chosen_score, ge:
-    8}]`."""
+    """Keep only rows that meet all of these, e.g. `[{column: status, ne: tie}, {column: chosen_score, ge: 8}]`."""
     system: Text | None = None
     """A system turn for rows that have none."""
     streaming: Literal["auto"] | bool = "auto"
@@ -315,17 +310,16 @@ class DataSection(Section):
 
 
 class LossSection(Section):
-    """The objective: NLL of the chosen answer plus beta times the odds-ratio term (arXiv 2403.07691, eq.
-    6)."""
+    """The objective: NLL of the chosen answer plus beta times the odds-ratio term (arXiv 2403.07691, eq. 6)."""
 
     beta: Annotated[float, Field(ge=0)] = 0.1
     """Weight of the odds-ratio term (lambda in the paper); 0 is plain SFT on the chosen answers."""
     nll_tokens: Literal["response", "assistant", "all"] = "response"
-    """Tokens of the NLL: the chosen response; every assistant turn before it too; or all, prompt included
-    (the paper's code, TRL)."""
+    """Tokens of the NLL: the chosen response; every assistant turn before it too; or all, prompt included (the
+    paper's code, TRL)."""
     nll_reduction: Literal["pair", "token"] = "pair"
-    """`pair`: mean over pairs of each one's token mean (the paper's equation, LLaMA-Factory); `token`: mean
-    over all tokens of the step (TRL)."""
+    """`pair`: mean over pairs of each one's token mean (the paper's equation, LLaMA-Factory); `token`: mean over all
+    tokens of the step (TRL)."""
 
 
 class TrainSection(Section):
@@ -340,8 +334,8 @@ class TrainSection(Section):
     batch_size: Count = 16
     """Pairs an optimizer step, over all devices."""
     max_tokens_per_microbatch: Literal["auto"] | Count = "auto"
-    """Tokens computed at once on a device: the memory knob, which changes nothing but rounding. `auto`: a
-    function of recipe and device, kept in the checkpoint."""
+    """Tokens computed at once on a device: the memory knob, which changes nothing but rounding. `auto`: a function of
+    recipe and device, kept in the checkpoint."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     """The optimizer."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -391,8 +385,7 @@ class TrainSection(Section):
         "eval_chosen_logps",
         "eval_perplexity",
     ] = "eval_loss"
-    """Evaluation metric that says which checkpoint is the best (losses and perplexity: lower; the rest:
-    higher)."""
+    """Evaluation metric that says which checkpoint is the best (losses and perplexity: lower; the rest: higher)."""
     load_best_model_at_end: bool = False
     """End with the best checkpoint's weights instead of the last ones."""
     early_stopping_patience: Count | None = None

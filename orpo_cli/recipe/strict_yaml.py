@@ -19,8 +19,7 @@ MAX_VALUES = 10_000
 
 @dataclass(frozen=True)
 class Written:
-    """How a value stands in the text: the line of its key or list item (from 1), and a scalar's own
-    letters."""
+    """How a value stands in the text: the line of its key or list item (from 1), and a scalar's own letters."""
 
     line: int
     raw: str | None = None
