@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 
 from orpo_cli.data.formats import Drop, Message
 from orpo_cli.errors import ModelError
@@ -46,7 +46,7 @@ CHATML = """\
 
 LLAMA3_BOS = "<|begin_of_text|>"
 LLAMA3 = """\
-{{- bos_token or "<|begin_of_text|>" -}}
+{{- bos_token | default("<|begin_of_text|>") -}}
 {%- for message in messages -%}
     {{- "<|start_header_id|>" + message["role"] + "<|end_header_id|>\\n\\n" -}}
     {{- message["content"] + "<|eot_id|>" -}}
@@ -67,6 +67,7 @@ CONTROL_LOOK = r"<[|｜][^<>|｜\s]+[|｜]?>|<[^<>|｜\s]+[|｜]>|<(?:start|end)
 
 # Stands for a text while a template is probed: survives trimming, and no template and no data can hold it.
 SENTINEL = f"Zq{secrets.token_hex(8)}qZ"
+QUESTION = "What is it?"
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,21 @@ class ChatTemplate:
     opening: str
 
 
-def resolve_template(setting: str, tokenizer: Any, *, eos_token: str = "auto", kwargs: dict[str, Any]) -> ChatTemplate:
-    """Find the template that `model.chat_template`, `eos_token` and `chat_template_kwargs` mean.
+def resolve_template(
+    setting: str,
+    tokenizer: Any,
+    *,
+    eos_token: str = "auto",
+    add_bos: bool | str = "auto",
+    kwargs: dict[str, Any],
+) -> ChatTemplate:
+    """Find the template that the recipe means for this tokenizer.
 
     setting: auto (the tokenizer's own, else plain), plain, chatml, llama3, none, or the path of a jinja file.
     eos_token: auto = the first control token that the template writes after an answer, else the tokenizer's
         EOS, else a token of its vocabulary that is named like one, else a new `<|endoftext|>`.
+    add_bos: whether the template's text begins with BOS; auto = as it does, else as the tokenizer does by itself.
+    kwargs: `chat_template_kwargs`.
 
     The tokenizer is not changed; `fit_tokenizer` does that. Raises ModelError for a template that is missing,
     broken or does not write the answer.
@@ -109,26 +119,34 @@ def resolve_template(setting: str, tokenizer: Any, *, eos_token: str = "auto", k
         return ChatTemplate("none", None, dict(kwargs), eos, (eos,), "")
 
     name, source = _find_source(setting, tokenizer)
-    probe = _Probe(tokenizer, name, source, {**kwargs, "eos_token": eos})
-    answered = probe.render(["user", "assistant"])
-    prompt = probe.render(["user"], add_generation_prompt=True)
+    probe = _Probe(tokenizer, name, kwargs)
+    answered = probe.render(source, ["user", "assistant"], eos_token=eos)
     if SENTINEL not in answered:
         raise ModelError(
             f"chat template {name}: it does not write the assistant's answer",
-            "check the template, or set model.chat_template to plain or chatml",
+            "check the template, or set model.chat_template: plain",
         )
-    before, suffix = answered.rsplit(SENTINEL, 1)
-    look = control_pattern([eos, *special_tokens(tokenizer)], CONTROL_LOOK)
-    ending = look.search(suffix)
+    control = control_pattern([eos, *special_tokens(tokenizer)], CONTROL_LOOK)
+    ending = control.search(answered.rpartition(SENTINEL)[2])
     end_of_turn = ending.group() if ending and eos_token == "auto" else eos
 
-    # The end of turn becomes the tokenizer's EOS; a template that writes eos_token elsewhere keeps the old one.
-    turns = ["user", "assistant", "user"]
-    as_it_was = probe.render(turns, add_generation_prompt=True)
-    if as_it_was != probe.render(turns, add_generation_prompt=True, eos_token=end_of_turn):
-        source = f"{{%- set eos_token = {json.dumps(eos)} -%}}\n{source}"
+    # Stock generation reads the saved template, so what training sees is written into it. The end of turn becomes
+    # the tokenizer's EOS; where eos_token stands in earlier turns, the template keeps the one that it meant.
+    dialogue = ["user", "assistant", "user"]
+    meant = probe.render(source, dialogue, add_generation_prompt=True, eos_token=eos)
+    if probe.render(source, dialogue, add_generation_prompt=True, eos_token=end_of_turn) != meant:
+        source = f"{{%- set eos_token = {json.dumps(eos)} %}}{source}"
+    # Stock apply_chat_template adds no BOS by itself.
+    has_bos = meant.startswith(tokenizer.bos_token or LLAMA3_BOS)
+    if has_bos and add_bos is False:
+        source = f"{{%- set bos_token = '' %}}{source}"
+    elif not has_bos and (adds_bos(tokenizer) if add_bos == "auto" else add_bos):
+        source = f"{{{{ bos_token }}}}{source}"
 
-    written = look.findall(probe.with_system() + as_it_was + before)
+    prompt = probe.render(source, dialogue, add_generation_prompt=True, eos_token=end_of_turn)
+    full = probe.render(source, [*dialogue, "assistant"], eos_token=end_of_turn)
+    before = full.rpartition(SENTINEL)[0]
+    written = control.findall(probe.render_system(source) + prompt + before)
     return ChatTemplate(
         name=name,
         source=source,
@@ -184,7 +202,7 @@ def render(
             add_generation_prompt=add_generation_prompt,
             **template.kwargs,
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a stranger's template does wrong
         detail = f"the chat template refuses the dialogue: {error}"
         if messages and messages[0].role == "system":
             try:
@@ -234,9 +252,7 @@ def _find_source(setting: str, tokenizer: Any) -> tuple[str, str]:
     if setting == "auto":
         setting = "plain"
     if setting in BUILT_IN:
-        # Stock apply_chat_template adds no BOS of its own: the template writes the one that training sees.
-        bos = "{{- bos_token -}}\n" if setting != "llama3" and adds_bos(tokenizer) else ""
-        return setting, bos + BUILT_IN[setting]
+        return setting, BUILT_IN[setting]
     try:
         return setting, Path(setting).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -248,37 +264,33 @@ def _find_source(setting: str, tokenizer: Any) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class _Probe:
-    """Renders dialogues of sentinels with a template that no tokenizer has been given yet."""
+    """Renders made-up dialogues with templates that no tokenizer has been given yet."""
 
     tokenizer: Any
     name: str
-    source: str
     kwargs: dict[str, Any]
 
-    def render(self, roles: list[str], *, add_generation_prompt: bool = False, **kwargs: Any) -> str:
-        conversation = [{"role": role, "content": SENTINEL} for role in roles]
+    def render(self, source: str, roles: list[str], **kwargs: Any) -> str:
+        """A dialogue in which every answer is the sentinel."""
+        conversation = [{"role": role, "content": SENTINEL if role == "assistant" else QUESTION} for role in roles]
         try:
             return self.tokenizer.apply_chat_template(
-                conversation,
-                chat_template=self.source,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **{**self.kwargs, **kwargs},
+                conversation, chat_template=source, tokenize=False, **{**self.kwargs, **kwargs}
             )
         except TemplateSyntaxError as error:
             raise ModelError(
                 f"chat template {self.name}, line {error.lineno}: {error.message}",
-                "correct the jinja text, or set model.chat_template to plain or chatml",
+                "correct the jinja text, or set model.chat_template: plain",
             ) from None
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever a stranger's template does wrong
             raise ModelError(
                 f"chat template {self.name} cannot render {', '.join(roles)}: {error}",
                 "check the template and model.chat_template_kwargs, or set model.chat_template: plain",
             ) from None
 
-    def with_system(self) -> str:
+    def render_system(self, source: str) -> str:
         """A dialogue with a system turn, or "" where the template takes none."""
         try:
-            return self.render(["system", "user"], add_generation_prompt=True)
+            return self.render(source, ["system", "user"], add_generation_prompt=True)
         except ModelError:
             return ""

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from orpo_cli.data.formats import Drop, Message, Pair, already_templated
 from orpo_cli.data.templates import (
+    QUESTION,
     SENTINEL,
     ChatTemplate,
     adds_bos,
@@ -90,7 +91,7 @@ class PairTokenizer:
         self._guard: _Guard | None = None
         if template.source is not None:
             self._guard = _Guard(tokenizer, [*special_tokens(tokenizer), *template.control_tokens])
-            question = Message("user", SENTINEL)
+            question = Message("user", QUESTION)
             answered = render(tokenizer, template, [question, Message("assistant", SENTINEL)])
             # What the template writes after the answer, and as much of it as belongs to the sequence.
             self._suffix = answered.rpartition(SENTINEL)[2]
@@ -247,13 +248,15 @@ class PairTokenizer:
         ids = np.array(encoding.ids, dtype=np.int32)
         if text.guarded and self._guard:
             ids = self._guard.real_ids[ids]
-        ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 1]
+        begins, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
         start = _first_past(ends, text.start)
         mask = None
         if self.masks_assistant:
             mask = np.arange(len(ids)) >= start
             for begin, end in text.turns:
-                mask |= (begin < ends) & (ends <= end)
+                # An end of turn may have swallowed the white space behind it.
+                ends_turn = (ids == self._end_id) & (begins < end)
+                mask |= (begin < ends) & ((ends <= end) | ends_turn)
 
         has_bos = self._has_bos(ids)
         if self._strip_bos and has_bos and start > 0:
@@ -261,6 +264,7 @@ class PairTokenizer:
         elif self._add_bos and not has_bos:
             ids, start = np.insert(ids, 0, self._bos_id), start + 1  # type: ignore[arg-type]
             mask = None if mask is None else np.append(False, mask)
+        # Under `none` the response may hold its own.
         if not len(ids) or ids[-1] != self._end_id:
             ids = np.append(ids, np.int32(self._end_id))
             mask = None if mask is None else np.append(mask, True)
