@@ -44,7 +44,7 @@ class RunError(OrpoError, RuntimeError):
     exit_code = 1
 
 
-class Stopped(OrpoError):
+class Stopped(OrpoError):  # noqa: N818 - to be stopped is no error
     """A signal stopped the run after everything was saved."""
 
     def __init__(self, signal_number: int, message: str, hint: str | None = None) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from orpo_cli.data.batches import cut_by_tokens, flat_batch, nll_positions
+from orpo_cli.data.dataset import DROP_REASONS, PairSet
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.loss import MAX_LOGP
 from orpo_cli.model.logprobs import PairLogprobs, inference
@@ -40,7 +41,12 @@ class Scores:
 
 
 def score_pairs(
-    logprobs: PairLogprobs, pairs: Sequence[TokenizedPair], *, nll_tokens: str, max_tokens: int, device: torch.device
+    logprobs: PairLogprobs,
+    pairs: Sequence[TokenizedPair],
+    *,
+    nll_tokens: str,
+    max_tokens: int,
+    device: torch.device,
 ) -> Scores:
     """Score pairs without gradients, in micro-batches of at most `max_tokens` flat tokens."""
     place = {id(pair): i for i, pair in enumerate(pairs)}
@@ -104,6 +110,19 @@ def summarise(scores: Scores, pairs: Sequence[TokenizedPair], loss: LossSection)
     return figures
 
 
+def evaluation_row(scores: Scores, loss: LossSection, step: int, epoch: float) -> dict[str, Any]:
+    """The evaluation row of `metrics.jsonl`, without its times."""
+    means = {f"eval_{name}": float(values.mean()) for name, values in per_pair_metrics(scores, loss).items()}
+    perplexity = float(np.exp(-means["eval_chosen_logps"]))
+    return {
+        "step": step,
+        "epoch": epoch,
+        **means,
+        "eval_perplexity": perplexity,
+        "eval_pairs": len(scores.nll),
+    }
+
+
 def bootstrap(columns: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Means (C,) of columns (C, N) and the ends of their percentile bootstrap 95 % intervals, pairs resampled."""
     generator = np.random.Generator(np.random.PCG64(seed))
@@ -135,6 +154,11 @@ def length_controlled_accuracy(correct: np.ndarray, longer: np.ndarray) -> float
         if np.abs(step).max() < 1e-10:
             break
     return float(1 / (1 + np.exp(-weights[0])))
+
+
+def skipped(pairs: PairSet) -> dict[str, int]:
+    """Rows that were not scored, by reason."""
+    return {reason: pairs.dropped[reason] for reason in DROP_REASONS}
 
 
 def pair_lines(scores: Scores, pairs: Sequence[TokenizedPair]) -> Iterator[Mapping[str, Any]]:

@@ -12,7 +12,15 @@ from orpo_cli.errors import InputError
 from orpo_cli.recipe import Recipe, load_recipe
 
 # What a run writes, and --overwrite removes; anything else in the directory is the user's and stays.
-FILES = ("recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "eval.json", "eval.pairs.jsonl", "report.html")
+FILES = (
+    "recipe.yaml",
+    "manifest.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "eval.json",
+    "eval.pairs.jsonl",
+    "report.html",
+)
 DIRECTORIES = ("checkpoints", "adapter", "merged")
 
 
@@ -97,6 +105,35 @@ def open_run(path: Path) -> tuple[RunDirectory, Recipe]:
     if not run.recipe.is_file():
         raise InputError(f"{path} holds no run: it has no recipe.yaml", "name the directory given by output.dir")
     return run, load_recipe(run.recipe)
+
+
+# What may change between a run and its resumption: it leaves the result as it is, or is meant to prolong the run.
+_FREE_KEYS = {
+    "train": {"num_train_epochs", "max_steps", "max_tokens_per_microbatch", "logging_steps", "eval_steps", "save_steps"}
+    | {"save_total_limit", "sample_prompts", "eval_on_start", "metric_for_best_model"},
+    "output": {"dir", "merge", "trackers"},
+}
+
+
+def check_unchanged(run: RunDirectory, recipe: Recipe, fingerprint: str) -> None:
+    """Raise InputError when a run to be resumed was made by another recipe or from other data."""
+    before, now = load_recipe(run.recipe).model_dump(mode="json"), recipe.model_dump(mode="json")
+    changed = []
+    for section in now:
+        old, new = before[section], now[section]
+        if old is None or new is None:
+            changed += [section] if old != new else []
+            continue
+        keys = set(new) - _FREE_KEYS.get(section, set())
+        changed += [f"{section}.{key}" for key in sorted(keys) if old.get(key) != new[key]]
+    if changed:
+        raise InputError(
+            f"{run.path} was made by another recipe; these keys differ: {', '.join(changed)}",
+            "set them as in its recipe.yaml, or start a new run with --output-dir",
+        )
+    sources = read_manifest(run).get("data", {}).get("train", {}).get("sources", [])
+    if "+".join(source["fingerprint"] for source in sources) != fingerprint:
+        raise InputError(f"the training data has changed since {run.path} was started", "start a new run")
 
 
 def read_manifest(run: RunDirectory) -> dict[str, Any]:

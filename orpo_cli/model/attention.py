@@ -66,7 +66,11 @@ def shared_prefix_attention(
     for segment in segments:
         branch = segment.start + segment.shared
         turn = branch + segment.chosen
-        both, chosen, rejected = slice(segment.start, branch), slice(segment.start, turn), slice(turn, segment.stop)
+        both, chosen, rejected = (
+            slice(segment.start, branch),
+            slice(segment.start, turn),
+            slice(turn, segment.stop),
+        )
         outputs.append(attend(query[:, :, chosen], key[:, :, chosen], value[:, :, chosen]))
         outputs.append(
             attend(

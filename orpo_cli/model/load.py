@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,11 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The base's tokenizer; a fast one, since masks need the characters each token covers."""
+    """The base's tokenizer."""
     with _explained(section):
-        tokenizer = AutoTokenizer.from_pretrained(
+        return AutoTokenizer.from_pretrained(
             section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"the tokenizer of {section.name_or_path} has no fast version",
-            "orpo needs the characters each token covers; save the model with a tokenizer.json",
-        )
-    return tokenizer
 
 
 def load_config(section: ModelSection) -> PreTrainedConfig:
@@ -51,21 +46,27 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
         )
 
 
-def compute_dtype(section: ModelSection, config: PreTrainedConfig) -> torch.dtype:
-    """The dtype the model computes in. `auto`: the one its weights are stored in, float16 made bfloat16.
+def compute_dtype(section: ModelSection, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
+    """The dtype the model computes in. `auto`: float32 if its weights are stored so, else bfloat16.
 
-    bfloat16 has float32's range, so it needs no loss scaling; a stored float16 is converted without overflow.
+    bfloat16 has float32's range, so that it needs no loss scaling. On a GPU that has no bfloat16 (before Ampere), half
+    precision is float16.
     """
     if section.dtype != "auto":
         return DTYPES[section.dtype]
     stored = config.get_text_config().dtype or config.dtype or torch.float32
-    return torch.bfloat16 if stored == torch.float16 else stored
+    if stored == torch.float32:
+        return torch.float32
+    no_bfloat16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if no_bfloat16 else torch.bfloat16
 
 
 def load_model(section: ModelSection, device: torch.device, *, quantise: bool = True) -> PreTrainedModel:
     """The base model on `device`, in its compute dtype, 4- or 8-bit if the recipe says so and `quantise` is left on."""
     config = load_config(section)
-    dtype = compute_dtype(section, config)
+    if config.is_encoder_decoder:
+        raise ModelError(f"{section.name_or_path} is an encoder-decoder", "orpo trains causal language models")
+    dtype = compute_dtype(section, config, device)
     if section.disable_dropout:
         disable_dropout(config)
     arguments: dict[str, Any] = {}
@@ -153,14 +154,17 @@ def _explanation(name: str, local: bool, error: Exception) -> ModelError:
         return ModelError(f"{name} is no model: it has no config.json", "model.name_or_path is a hub id or a directory")
     if "safetensors" in text and ("does not appear to have" in text or "no file named" in text):
         return ModelError(
-            f"{name} has no weights in safetensors format", "orpo loads no pickled weights; convert them to safetensors"
+            f"{name} has no weights in safetensors format",
+            "orpo loads no pickled weights; convert them to safetensors",
         )
     if local:
         return ModelError(f"{name} cannot be loaded: {text[:400]}", "see model.name_or_path")
     if "/" not in name or name.startswith((".", "/", "~")) or name.count("/") > 1:
         return ModelError(f"there is no directory {name}", "model.name_or_path is a hub id or a directory")
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "ON", "YES"):
-        return ModelError(f"{name} is not in the local cache and HF_HUB_OFFLINE is set", "unset it, or name a directory")
+        return ModelError(
+            f"{name} is not in the local cache and HF_HUB_OFFLINE is set", "unset it, or name a directory"
+        )
     return ModelError(
         f"{name} cannot be loaded from the hub: {text[:400]}",
         "check the name and the network; a private or gated model needs HF_TOKEN",
@@ -175,11 +179,21 @@ def embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
     return names[inputs], None if tied else names[outputs]
 
 
-def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, control_ids: list[int]) -> list[int]:
+@dataclass(frozen=True)
+class FreshRows:
+    """Token ids whose embedding rows hold nothing learnt and start at the mean of the others; both ascending."""
+
+    added: list[int]
+    """Rows that the model had not."""
+    untrained: list[int]
+    """Rows that it had and that were never trained."""
+
+
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, control_ids: list[int]) -> FreshRows:
     """Give every token of the tokenizer a row, and every control token a row that can be trained from.
 
     Rows are added where the tokenizer has more tokens than the model; those, and rows of `control_ids` that were never
-    trained, start at the mean of the trained rows. Returns the ids of these rows, ascending; they want training.
+    trained, start at the mean of the trained rows.
 
     Raises ModelError when tokenizer and model do not belong together.
     """
@@ -191,9 +205,10 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, c
             "use the tokenizer that came with the model",
         )
     untrained = sorted(i for i in set(control_ids) if i < rows and _is_untrained(model, i))
-    fresh = untrained + list(range(rows, len(tokenizer)))
+    added = list(range(rows, len(tokenizer)))
+    fresh = untrained + added
     if not fresh:
-        return []
+        return FreshRows([], [])
     if missing > 0:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():
@@ -204,7 +219,7 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, c
         outputs = model.get_output_embeddings()
         if missing > 0 and outputs is not None and getattr(outputs, "bias", None) is not None:
             outputs.bias[rows:] = outputs.bias[:rows].float().mean()
-    return fresh
+    return FreshRows(added, untrained)
 
 
 def _embedding_weights(model: PreTrainedModel) -> list[nn.Parameter]:

@@ -184,3 +184,15 @@ def inference(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was in training.items():
             module.training = was
+
+
+@contextmanager
+def stock_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The model with a stock attention function for a while, for generation and its cache."""
+    before = model.config._attn_implementation
+    if before == attention.NAME:
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

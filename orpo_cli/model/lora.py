@@ -37,7 +37,7 @@ def add_lora(model: PreTrainedModel, section: LoraSection, trained_rows: list[in
         use_dora=section.use_dora,
         init_lora_weights=section.init_lora_weights,
         rank_pattern={**section.rank_pattern},
-        trainable_token_indices={name: trained_rows for name in names} if trained_rows else None,
+        trainable_token_indices=dict.fromkeys(names, trained_rows) if trained_rows else None,
     )
     try:
         return get_peft_model(model, config)
@@ -56,7 +56,8 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, trainable: bo
         raise ModelError(f"{directory} is no adapter: it has no adapter_config.json", "name the directory `adapter/`")
     if not (directory / "adapter_model.safetensors").is_file():
         raise ModelError(
-            f"{directory} has no adapter_model.safetensors", "orpo loads no pickled weights; save it as safetensors"
+            f"{directory} has no adapter_model.safetensors",
+            "orpo loads no pickled weights; save it as safetensors",
         )
     try:
         return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +62,30 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
+def to_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """One object a line."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def save_checkpoint(
-    directory: Path, step: int, *, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any],
-    weights_name: str, keep: int, protect: int | None = None,
+    directory: Path,
+    step: int,
+    *,
+    write_weights: Callable[[Path], None],
+    optimizer: dict[str, Tensor],
+    state: dict[str, Any],
+    keep: int,
+    protect: int | None = None,
 ) -> Path:
     """Write checkpoints/step-NNNNNN, then delete all but the newest `keep` once the new one verifies.
 
-    `protect` is the step of one that is never deleted (the best so far). Returns the checkpoint's directory.
+    `write_weights` puts adapter or model safetensors into a directory. `protect` is the step of a checkpoint that is
+    never deleted (the best so far) and not counted. Returns the checkpoint's directory.
     """
     target = directory / f"step-{step:06d}"
 
     def fill(unfinished: Path) -> None:
-        save_file(_contiguous(weights), unfinished / weights_name)
+        write_weights(unfinished)
         save_file(_contiguous(optimizer), unfinished / "optimizer.safetensors")
         (unfinished / "state.json").write_text(to_json(state), encoding="utf-8")
         files = sorted(path.name for path in unfinished.iterdir())

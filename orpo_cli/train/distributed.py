@@ -46,13 +46,13 @@ class Processes:
             for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
+    def largest(self, number: int) -> int:
+        """The largest of all processes' numbers, so that all decide alike (0 where no signal came, say)."""
         if self.count == 1:
-            return flag
-        total = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(total)
-        return bool(total.item())
+            return number
+        largest = torch.tensor(number, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest.item())
 
     def wait(self) -> None:
         """Until all processes are here."""

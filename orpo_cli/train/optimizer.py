@@ -82,7 +82,9 @@ class Optimizer:
             for name, master in self.masters.items():
                 if f"master.{name}" in state:
                     master.copy_(state[f"master.{name}"])
-                moments = {key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state}
+                moments = {
+                    key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state
+                }
                 if moments:
                     # AdamW keeps its step count in float32 on the CPU unless it is fused.
                     self.adamw.state[master] = {key: value.to(master.device) for key, value in moments.items()}

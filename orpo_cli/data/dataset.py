@@ -1,0 +1,379 @@
+"""Rows -> the pairs of a run: one pass that counts and splits, then pairs in an order that is a pure function.
+
+Held in memory, every pair is tokenised once, in that pass. Streamed, the pass only counts, and a block of rows at a
+time is read and tokenised again when its turn comes. `data.deduplicate`, `max_pairs` and `holdout` are settled by the
+pass in source order, so that they come out the same in either mode, for every seed and after every resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from orpo_cli.data.formats import (
+    Drop,
+    Format,
+    Pair,
+    check_filters,
+    passes,
+    read_pair,
+    recognise,
+    show_row,
+    with_system,
+)
+from orpo_cli.data.order import BLOCK_ROWS, Position, block_order
+from orpo_cli.data.sources import BadRow, Rows, open_source
+from orpo_cli.data.tokenize import PairTokenizer, TokenizedPair
+from orpo_cli.errors import DataError
+from orpo_cli.recipe.schema import DataSection, Holdout, SourceSpec, TrainSection
+
+# Rows that decide which format a source has.
+_PEEK_ROWS = 64
+# Rows that are tokenised in one call.
+_CHUNK_ROWS = 256
+DROP_REASONS = ("empty", "identical", "diverged", "overlong", "malformed", "filtered", "duplicate")
+# Dropped on purpose, not for a fault of the data: these do not count towards `data.max_dropped`.
+_WANTED_DROPS = ("filtered", "duplicate")
+
+
+@dataclass
+class Source:
+    """One entry of `data.train` or `data.eval`, opened and recognised."""
+
+    spec: SourceSpec
+    rows: Rows
+    format: Format
+    columns: dict[str, str]
+    start: int = 0
+    """Position of its first row among the rows of all sources."""
+    stop_row: int | None = None
+    """Rows of it that are read; None: all."""
+
+
+def open_sources(specs: Sequence[SourceSpec], section: DataSection) -> list[Source]:
+    """Open every source and recognise its format from its first rows. Raises DataError."""
+    sources = []
+    for spec in specs:
+        rows = open_source([spec], section.streaming)
+        columns = {**section.columns, **spec.columns}
+        [first] = rows.heads(_PEEK_ROWS)
+        if not first:
+            raise DataError(f"{spec.path} has no readable row", "see data.train and data.eval")
+        check_filters(first, [*section.filter, *spec.filter])
+        sources.append(Source(spec, rows, recognise(first, columns, section.format), columns))
+    return sources
+
+
+class PairReader:
+    """Reads the rows of some sources, one behind the other, as tokenised pairs."""
+
+    def __init__(self, sources: list[Source], section: DataSection, tokenise: PairTokenizer) -> None:
+        self.sources = sources
+        self.section = section
+        self.tokenise = tokenise
+
+    @property
+    def streamed(self) -> bool:
+        """Whether any source is read anew for every block."""
+        return any(source.rows.streamed for source in self.sources)
+
+    def read(self, start: int = 0) -> Iterator[tuple[int, Pair | None, TokenizedPair | Drop]]:
+        """From row `start` on: each row's position, its pair as text, and its tokens or why it is dropped.
+
+        Raises DataError at the first malformed row under `data.strict`.
+        """
+        for source in self.sources:
+            first = max(0, start - source.start)
+            count = None if source.stop_row is None else max(0, source.stop_row - first)
+            rows = enumerate(islice(source.rows.rows(first), count), source.start + first)
+            while chunk := list(islice(rows, _CHUNK_ROWS)):
+                yield from self._tokenised([(index, self._pair(source, row)) for index, row in chunk])
+
+    def _tokenised(
+        self, rows: list[tuple[int, Pair | Drop]]
+    ) -> Iterator[tuple[int, Pair | None, TokenizedPair | Drop]]:
+        tokenised = iter(self.tokenise.batch([(i, pair) for i, pair in rows if isinstance(pair, Pair)]))
+        for index, pair in rows:
+            result = pair if isinstance(pair, Drop) else next(tokenised)
+            if isinstance(result, Drop) and result.reason == "malformed" and self.section.strict:
+                raise DataError(f"{self.where(index)}: {result.detail}", "correct the row, or set data.strict: false")
+            yield index, pair if isinstance(pair, Pair) else None, result
+
+    def where(self, index: int) -> str:
+        """File and row of a position, for messages."""
+        source = [source for source in self.sources if source.start <= index][-1]
+        return source.rows.where(index - source.start)
+
+    def _pair(self, source: Source, row: Any) -> Pair | Drop:
+        if isinstance(row, BadRow):
+            return Drop("malformed", row.detail)
+        try:
+            if not passes(row, [*self.section.filter, *source.spec.filter]):
+                return Drop("filtered", "it does not meet the filter")
+            pair = read_pair(row, source.format, source.columns)
+        except Drop as drop:
+            return drop
+        return with_system(pair, self.section.system) if self.section.system else pair
+
+
+@dataclass
+class PairSet:
+    """The pairs of one split. `rows` and `pairs` are None for a stream that was not counted."""
+
+    reader: PairReader
+    rows: int | None = None
+    pairs: int | None = None
+    held: dict[int, TokenizedPair] | None = None
+    """All pairs by position; None when they are streamed."""
+    excluded: set[int] = field(default_factory=set)
+    """Positions of usable pairs that are not in this set: held out, or duplicates."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    """For each reason of dropping, where the first such row stands and what is wrong with it."""
+
+    def in_source_order(self) -> list[TokenizedPair]:
+        """All pairs; only for a set that is held."""
+        assert self.held is not None
+        return [self.held[index] for index in sorted(self.held)]
+
+    def first(self) -> TokenizedPair:
+        """The first pair in source order. Raises DataError if there is none."""
+        if self.held is not None:
+            return next(iter(self.in_source_order()))
+        for index, _, result in self.reader.read():
+            if isinstance(result, TokenizedPair) and index not in self.excluded:
+                return result
+        raise _no_usable_pair(self)
+
+    def total_pairs(self, train: TrainSection) -> int | None:
+        """Pairs that the whole run trains on, repeats counted; None where `max_steps` decides."""
+        if train.max_steps is not None:
+            return None
+        assert self.pairs is not None
+        return max(1, round(self.pairs * train.num_train_epochs))
+
+    def total_steps(self, train: TrainSection) -> int:
+        """Optimizer steps of the whole run."""
+        total = self.total_pairs(train)
+        if total is None:
+            assert train.max_steps is not None
+            return train.max_steps
+        return math.ceil(total / train.batch_size)
+
+    def epochs(self, position: Position, pairs_seen: int) -> float:
+        """How many epochs lie behind; whole ones only for a stream of unknown length."""
+        return pairs_seen / self.pairs if self.pairs else float(position.epoch)
+
+    def steps(
+        self, batch_size: int, *, seed: int, shuffle: bool, start: Position, total_pairs: int | None
+    ) -> Iterator[tuple[list[TokenizedPair], Position]]:
+        """Each optimizer step's pairs, `batch_size` of them (the last step: what is left), and the position after.
+
+        An epoch's last pairs and the next one's first share a step, so that all steps weigh the same.
+        """
+        stream = islice(self.in_order(seed=seed, shuffle=shuffle, start=start), total_pairs)
+        while step := list(islice(stream, batch_size)):
+            yield [pair for pair, _ in step], step[-1][1]
+
+    def in_order(self, *, seed: int, shuffle: bool, start: Position) -> Iterator[tuple[TokenizedPair, Position]]:
+        """Pairs from a position on, epoch after epoch without end, each with the position after it."""
+        epoch, offset = start.epoch, start.offset
+        while True:
+            found = False
+            for number, first, block in self._blocks(offset):
+                order = block_order(len(block), seed=seed, epoch=epoch, block=number, shuffle=shuffle)
+                for place in range(max(0, offset - first), len(block)):
+                    pair = block[order[place]]
+                    if pair is not None:
+                        found = True
+                        yield pair, Position(epoch, first + place + 1)
+            if not found and offset == 0:
+                raise _no_usable_pair(self)
+            epoch, offset = epoch + 1, 0
+
+    def _blocks(self, offset: int) -> Iterator[tuple[int, int, list[TokenizedPair | None]]]:
+        """Blocks of rows from the one with row `offset` on: number, first row, and each row's pair or None.
+
+        What is held in memory is one block, so that the whole set is shuffled at once.
+        """
+        if self.held is not None:
+            assert self.rows is not None
+            yield 0, 0, [self.held.get(index) for index in range(self.rows)]
+            return
+        number = offset // BLOCK_ROWS
+        rows = self.reader.read(number * BLOCK_ROWS)
+        while block := [
+            result if isinstance(result, TokenizedPair) and index not in self.excluded else None
+            for index, _, result in islice(rows, BLOCK_ROWS)
+        ]:
+            yield number, number * BLOCK_ROWS, block
+            number += 1
+
+    @property
+    def dropped_share(self) -> float:
+        """Share of the rows that were dropped for a fault, not on purpose."""
+        faulty = sum(count for reason, count in self.dropped.items() if reason not in _WANTED_DROPS)
+        return faulty / self.rows if self.rows else 0.0
+
+    def drop_lines(self) -> list[str]:
+        """For each reason of dropping: how many rows, and the first of them."""
+        return [f"{count:,} {reason}, e.g. {self.examples[reason]}" for reason, count in sorted(self.dropped.items())]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the content of the sources."""
+        return "+".join(source.rows.fingerprint for source in self.reader.sources)
+
+    def summary(self) -> dict[str, Any]:
+        """What the manifest says of the set."""
+        return {
+            "sources": [
+                {
+                    **{k: v for k, v in source.spec.model_dump(mode="json").items() if v},
+                    "fingerprint": source.rows.fingerprint,
+                    "format": source.format.name,
+                    "streamed": source.rows.streamed,
+                }
+                for source in self.reader.sources
+            ],
+            "rows": self.rows,
+            "pairs": self.pairs,
+            "dropped": dict(sorted(self.dropped.items())),
+        }
+
+
+def load_pairs(section: DataSection, tokenise: PairTokenizer, train: TrainSection) -> tuple[PairSet, PairSet | None]:
+    """The training set and the held-out set of a recipe, None if it has none.
+
+    Raises DataError when nothing usable is left, or more is dropped than `data.max_dropped` allows.
+    """
+    reader = PairReader(open_sources(section.train, section), section, tokenise)
+    holdout = section.eval if isinstance(section.eval, Holdout) else None
+    single_pass = train.max_steps is not None and len(section.train) == 1 and section.train[0].max_pairs is None
+    if reader.streamed and single_pass and holdout is None and not section.deduplicate:
+        training, held_out = PairSet(reader), None  # nothing needs to be known of the whole before it is read
+        training.first()
+    else:
+        training, held_out = survey(reader, section, holdout)
+    if section.eval is not None and holdout is None:
+        held_out = load_eval_pairs(section, section.eval, tokenise)
+    return training, held_out
+
+
+def load_eval_pairs(section: DataSection, specs: Sequence[SourceSpec], tokenise: PairTokenizer) -> PairSet:
+    """A held-out set of its own, kept in memory."""
+    reader = PairReader(open_sources(specs, section), section, tokenise)
+    pairs, _ = survey(reader, section, None, keep=True)
+    return pairs
+
+
+def survey(
+    reader: PairReader, section: DataSection, holdout: Holdout | None, *, keep: bool | None = None
+) -> tuple[PairSet, PairSet | None]:
+    """Read everything once: count, drop, deduplicate, limit, and split by prompt.
+
+    `keep`: hold the pairs in memory; None: unless a source is streamed. Raises DataError as `load_pairs` does.
+    """
+    pairs = PairSet(reader, held={} if keep or (keep is None and not reader.streamed) else None)
+    seen: set[bytes] = set()
+    prompts: dict[bytes, list[int]] = {}
+    rows = usable = 0
+    for source in reader.sources:
+        source.start, of_source = rows, 0
+        for index, pair, result in PairReader([source], section, reader.tokenise).read(rows):
+            rows = index + 1
+            if isinstance(result, TokenizedPair) and section.deduplicate and _is_repeated(result, seen):
+                pairs.excluded.add(index)
+                result = Drop("duplicate", "the same pair occurred before")
+            if isinstance(result, Drop):
+                pairs.dropped[result.reason] += 1
+                pairs.examples.setdefault(result.reason, f"{reader.where(index)}: {result.detail}")
+                continue
+            usable, of_source = usable + 1, of_source + 1
+            if pairs.held is not None:
+                pairs.held[index] = result
+            if holdout is not None and pair is not None:
+                prompts.setdefault(_prompt_key(pair), []).append(index)
+            if of_source == source.spec.max_pairs:
+                source.stop_row = rows - source.start
+                break
+    pairs.rows, pairs.pairs = rows, usable
+    _check_dropped(pairs, section)
+    if holdout is None:
+        return pairs, None
+    return _hold_out(pairs, prompts, holdout)
+
+
+def _is_repeated(pair: TokenizedPair, seen: set[bytes]) -> bool:
+    digest = hashlib.sha256(pair.chosen_ids.tobytes() + b"|" + pair.rejected_ids.tobytes()).digest()[:16]
+    if digest in seen:
+        return True
+    seen.add(digest)
+    return False
+
+
+def _prompt_key(pair: Pair) -> bytes:
+    prompt = pair.prompt if isinstance(pair.prompt, str) else [[m.role, m.content] for m in pair.prompt]
+    return hashlib.sha256(json.dumps([pair.system, prompt]).encode()).digest()
+
+
+def _hold_out(pairs: PairSet, prompts: dict[bytes, list[int]], holdout: Holdout) -> tuple[PairSet, PairSet]:
+    """Move whole prompts, in the order of their hashes, until the held-out set has its number of pairs.
+
+    The hashes know no seed, so that every run on the same data is judged on the same pairs.
+    """
+    assert pairs.pairs is not None
+    wanted = holdout.holdout
+    count = wanted if isinstance(wanted, int) else max(1, round(wanted * pairs.pairs))
+    taken: set[int] = set()
+    for key in sorted(prompts):
+        if len(taken) + len(prompts[key]) <= count:
+            taken |= set(prompts[key])
+    if not taken or len(taken) >= pairs.pairs:
+        raise DataError(
+            f"data.eval.holdout: {wanted} leaves nothing to {'evaluate' if not taken else 'train'} on: there are "
+            f"{pairs.pairs} pairs of {len(prompts)} prompts",
+            "hold out less, or give data.eval a source of its own",
+        )
+    if pairs.held is not None:
+        held = {index: pairs.held.pop(index) for index in sorted(taken)}
+    else:
+        results = ((index, result) for index, _, result in pairs.reader.read() if index in taken)
+        held = {index: result for index, result in results if isinstance(result, TokenizedPair)}
+        pairs.excluded |= taken
+    pairs.pairs -= len(held)
+    return pairs, PairSet(pairs.reader, rows=pairs.rows, pairs=len(held), held=held)
+
+
+def _check_dropped(pairs: PairSet, section: DataSection) -> None:
+    if not pairs.pairs:
+        raise _no_usable_pair(pairs)
+    share = pairs.dropped_share
+    if share > section.max_dropped:
+        raise DataError(
+            f"{share:.0%} of {pairs.rows:,} rows were dropped, more than data.max_dropped: {section.max_dropped}\n"
+            + "\n".join(f"  {line}" for line in pairs.drop_lines()),
+            "mend the data or the recipe (data.max_length, data.columns), or raise data.max_dropped",
+        )
+
+
+def _no_usable_pair(pairs: PairSet) -> DataError:
+    """Say what the data is like and why nothing of it can be used."""
+    source = pairs.reader.sources[0]
+    [first] = source.rows.heads(1)
+    if not pairs.dropped:  # a stream that was not counted
+        for index, _, result in islice(pairs.reader.read(), BLOCK_ROWS):
+            if isinstance(result, Drop):
+                pairs.dropped[result.reason] += 1
+                pairs.examples.setdefault(result.reason, f"{pairs.reader.where(index)}: {result.detail}")
+    row = f"\nthe first row is\n{show_row(first[0])}" if first else ""
+    return DataError(
+        f"{source.spec.path} holds no usable pair\n" + "\n".join(f"  {line}" for line in pairs.drop_lines()) + row,
+        "check data.columns, data.filter, data.max_length and model.chat_template",
+    )

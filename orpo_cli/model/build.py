@@ -1,0 +1,163 @@
+"""From a recipe to a model that can be trained or scored: tokenizer, template, base, new rows, adapter, engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from orpo_cli.data.templates import ChatTemplate, fit_tokenizer, resolve_template
+from orpo_cli.errors import ModelError
+from orpo_cli.model.load import FreshRows, fit_vocabulary, load_config, load_model, load_tokenizer
+from orpo_cli.model.logprobs import PairLogprobs, why_not_shared
+from orpo_cli.model.lora import add_lora, load_adapter
+from orpo_cli.recipe import Recipe
+from orpo_cli.recipe.schema import LoraSection, ModelSection
+
+
+@dataclass(frozen=True)
+class TextSide:
+    """Everything between a dialogue and token ids, with no weights loaded."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    added_tokens: list[str]
+    """Control tokens that the base's tokenizer did not have."""
+
+    @property
+    def control_ids(self) -> list[int]:
+        """Ids of the tokens that the template writes."""
+        return [self.tokenizer.convert_tokens_to_ids(token) for token in self.template.control_tokens]
+
+    @property
+    def stop_id(self) -> int:
+        """Id of the token that ends a turn."""
+        return self.tokenizer.convert_tokens_to_ids(self.template.end_of_turn)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model ready to be trained or scored."""
+
+    model: PreTrainedModel | PeftModel
+    logprobs: PairLogprobs
+    trained_rows: list[int]
+    """Ids of embedding rows that are trained beside the adapters."""
+    why_not_shared: str | None
+    """Why prefixes are not shared; None if they are."""
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model, adapters in place if there are any."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+
+def load_text_side(section: ModelSection) -> TextSide:
+    """The base's tokenizer, taught the recipe's template."""
+    tokenizer = load_tokenizer(section)
+    template = resolve_template(
+        section.chat_template,
+        tokenizer,
+        eos_token=section.eos_token,
+        kwargs=dict(section.chat_template_kwargs),
+    )
+    return TextSide(tokenizer, template, fit_tokenizer(tokenizer, template))
+
+
+def check_max_length(section: ModelSection, max_length: int) -> None:
+    """Raise ModelError when `data.max_length` is more than the model's context."""
+    config = load_config(section).get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and max_length > context:
+        raise ModelError(
+            f"data.max_length is {max_length}, and the context of {section.name_or_path} is {context} tokens",
+            f"set data.max_length: {context} or less",
+        )
+
+
+def build_for_training(recipe: Recipe, text: TextSide, device: torch.device) -> Built:
+    """Base, new token rows, fresh adapters (or everything trainable with `lora: null`).
+
+    What is drawn at random comes from torch's random state.
+    """
+    base = load_model(recipe.model, device)
+    fresh = fit_vocabulary(base, text.tokenizer, text.control_ids)
+    model: PreTrainedModel | PeftModel = base
+    rows = sorted(fresh.untrained + fresh.added)
+    if recipe.lora is not None:
+        rows = rows_to_train(recipe.lora, text, fresh)
+        model = add_lora(base, recipe.lora, rows)
+    if recipe.model.gradient_checkpointing is True or (
+        recipe.model.gradient_checkpointing == "auto" and device.type != "cpu"
+    ):
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    return _with_engine(recipe.model, model, rows)
+
+
+def build_for_scoring(
+    section: ModelSection,
+    text: TextSide,
+    device: torch.device,
+    *,
+    adapter: Path | None = None,
+    quantise: bool = True,
+) -> Built:
+    """Base, or base with a saved adapter, exactly as it was trained; nothing of it will be trained."""
+    base = load_model(section, device, quantise=quantise)
+    fit_vocabulary(base, text.tokenizer, text.control_ids)
+    model = base if adapter is None else load_adapter(base, adapter)
+    model.requires_grad_(False)
+    return _with_engine(section, model, [])
+
+
+def _with_engine(section: ModelSection, model: PreTrainedModel | PeftModel, rows: list[int]) -> Built:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if section.shared_prefix is False:
+        why: str | None = "model.shared_prefix is false"
+    else:
+        why = why_not_shared(base)
+    if section.shared_prefix is True and why is not None:
+        raise ModelError(
+            f"{section.name_or_path} cannot share prefixes: {why}",
+            "set model.shared_prefix: auto, which then does not",
+        )
+    return Built(model, PairLogprobs(base, shares_prefix=why is None), rows, why)
+
+
+def rows_to_train(section: LoraSection, text: TextSide, fresh: FreshRows) -> list[int]:
+    """Token ids whose rows are trained beside the adapters, ascending.
+
+    `lora.trainable_tokens` decides; rows that were added to the model are trained always, since nobody who loads the
+    adapter could know their values otherwise. Raises ModelError for a token that the tokenizer does not have.
+    """
+    if section.trainable_tokens == "auto":
+        return sorted(fresh.untrained + fresh.added)
+    vocabulary = text.tokenizer.get_vocab()
+    unknown = [token for token in section.trainable_tokens if token not in vocabulary]
+    if unknown:
+        raise ModelError(
+            f"lora.trainable_tokens: the tokenizer has no token {', '.join(map(repr, unknown))}",
+            "name single tokens of the vocabulary, or leave it auto",
+        )
+    return sorted({*fresh.added, *(vocabulary[token] for token in section.trainable_tokens)})
+
+
+def set_stop_tokens(model: PreTrainedModel, text: TextSide) -> None:
+    """Write EOS, pad and stop ids into the model's configurations, so that stock generation ends a turn by itself.
+
+    Stop ids that the base had stay: another end of text still stops.
+    """
+    generation = model.generation_config or GenerationConfig()
+    before = generation.eos_token_id if generation.eos_token_id is not None else model.config.eos_token_id
+    others = before if isinstance(before, list) else [] if before is None else [before]
+    stops = list(dict.fromkeys([text.stop_id, *others]))
+    generation.eos_token_id = stops if len(stops) > 1 else stops[0]
+    generation.pad_token_id = text.tokenizer.pad_token_id
+    generation.bos_token_id = text.tokenizer.bos_token_id
+    model.generation_config = generation
+    settings: dict[str, Any] = {"eos_token_id": text.stop_id, "pad_token_id": text.tokenizer.pad_token_id}
+    model.config.update(settings)

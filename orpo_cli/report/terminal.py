@@ -1,0 +1,132 @@
+"""What a run says while it runs: a live display on a terminal, plain lines elsewhere. All of it on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str | Text | Table = "") -> None:
+    """A line for people."""
+    console.print(text if not isinstance(text, str) else Text(text))
+
+
+def warn(text: str) -> None:
+    """A line that wants attention and stops nothing."""
+    console.print(Text("warning: ", style="yellow") + Text(text))
+
+
+def print_error(message: str, hint: str | None) -> None:
+    """`error:` and `hint:` lines."""
+    console.print(Text("error: ", style="bold red") + Text(message))
+    if hint:
+        console.print(Text("hint: ", style="cyan") + Text(hint))
+
+
+class StepDisplay:
+    """Progress of the optimizer steps; use as a context manager."""
+
+    def __init__(self, total_steps: int, done: int = 0) -> None:
+        self.total_steps = total_steps
+        self._live = console.is_terminal
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self._live,
+        )
+        self._task: TaskID = self._progress.add_task("train", total=total_steps, completed=done, figures="")
+
+    def __enter__(self) -> StepDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Show a training row of `metrics.jsonl`."""
+        figures = (
+            f"loss {_number(row['loss'])}  nll {_number(row['nll_loss'])}  "
+            f"log odds ratio {_number(row['log_odds_ratio'])}  accuracy {_number(row['accuracy'])}  "
+            f"{row['tokens_per_second']:,.0f} tok/s"
+        )
+        if self._live:
+            self._progress.update(self._task, completed=row["step"], figures=figures)
+        else:
+            say(f"step {row['step']}/{self.total_steps}  {figures}  lr {row['learning_rate']:.2e}")
+
+    def evaluated(self, row: Mapping[str, Any]) -> None:
+        """Show an evaluation row of `metrics.jsonl`."""
+        say(
+            f"held-out at step {row['step']}: loss {_number(row['eval_loss'])}  "
+            f"accuracy {_number(row['eval_accuracy'])}  log odds ratio {_number(row['eval_log_odds_ratio'])}  "
+            f"log-probs chosen {_number(row['eval_chosen_logps'])}, rejected {_number(row['eval_rejected_logps'])}"
+        )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def first_pair(pieces: Mapping[str, list[tuple[str, bool, bool]]]) -> None:
+    """Print both sides of a pair, token by token: `side -> (token, in the NLL, in the odds ratio)`.
+
+    On a terminal the parts are coloured; elsewhere runs of tokens are bracketed by their part.
+    """
+    say("first pair, as the model sees it (odds ratio + NLL, NLL only, odds ratio only, context only):")
+    styles = {(True, True): "green", (True, False): "blue", (False, True): "magenta", (False, False): "dim"}
+    names = {(True, True): "nll+or", (True, False): "nll", (False, True): "or", (False, False): "context"}
+    for side, tokens in pieces.items():
+        line = Text(f"  {side}: ")
+        before: tuple[bool, bool] | None = None
+        for token, in_nll, in_odds in tokens:
+            part = (in_nll, in_odds)
+            if part != before:
+                line.append(f"[{names[part]}]", style="bold")
+                before = part
+            line.append(visible(token), style=styles[part])
+        say(line)
+
+
+def visible(token: str) -> str:
+    """A token's text with its white space made visible."""
+    return token.replace("\n", "⏎").replace("\t", "→").replace("\r", "␍")
+
+
+def comparison(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Table:
+    """Held-out figures before and after training, side by side."""
+    table = Table(title="held-out", title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    if before:
+        table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    table.add_column("95 %", justify="left", style="dim")
+    for name in (
+        "accuracy",
+        "log_odds_ratio",
+        "chosen_logps",
+        "rejected_logps",
+        "nll_loss",
+        "or_loss",
+        "loss",
+    ):
+        interval = after.get(f"{name}_ci95")
+        cells = [name.replace("_", " ")]
+        if before:
+            cells.append(_number(before[f"eval_{name}"]))
+        cells.append(_number(after[name]))
+        cells.append(f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "")
+        table.add_row(*cells)
+    return table

@@ -1,0 +1,361 @@
+"""`orpo train`: prepare data and model, run the loop, save, evaluate, merge, say what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shlex
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import save_file
+
+from orpo_cli import __version__
+from orpo_cli.data.batches import nll_positions
+from orpo_cli.data.dataset import PairSet, load_pairs
+from orpo_cli.data.order import Position
+from orpo_cli.data.tokenize import PairTokenizer, TokenizedPair
+from orpo_cli.errors import InputError
+from orpo_cli.evaluate import pair_lines, skipped, summarise
+from orpo_cli.generate import answers
+from orpo_cli.merge import merge_trained, save_model
+from orpo_cli.model.build import Built, TextSide, build_for_training, check_max_length, load_text_side, set_stop_tokens
+from orpo_cli.model.lora import save_adapter
+from orpo_cli.recipe import Recipe, dump_recipe
+from orpo_cli.report.metrics import MetricsFile, read_metrics
+from orpo_cli.report.terminal import comparison, first_pair, say, warn
+from orpo_cli.run import RunDirectory, check_unchanged, read_manifest
+from orpo_cli.train.checkpoint import (
+    load_checkpoint,
+    newest_sound,
+    save_checkpoint,
+    to_json,
+    to_json_lines,
+    write_directory,
+    write_file,
+)
+from orpo_cli.train.distributed import Processes, seed_everything
+from orpo_cli.train.loop import Progress, Run, score_together, train_steps
+from orpo_cli.train.optimizer import Optimizer, peak_learning_rate
+
+# Flat tokens of a micro-batch under `max_tokens_per_microbatch: auto`; the longest possible pair always fits.
+AUTO_MAX_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 16384}
+# Pairs on which the weights merged from a quantised run are compared with what was trained.
+MEASURED_PAIRS = 64
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run is to be started, as the command line says."""
+
+    resume: bool = False
+    resume_from: Path | None = None
+    overwrite: bool = False
+    command: tuple[str, ...] = ()
+
+
+def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
+    """Train as the recipe says and write the run directory; the held-out figures, empty without a held-out set.
+
+    Raises InputError kinds for what is the user's to mend, RunError for a run gone bad, Stopped after a signal.
+    """
+    start = start or Start()
+    processes = Processes()
+    run = RunDirectory(Path(recipe.output.dir))
+    resumes = start.resume or start.resume_from is not None
+    if processes.is_main:
+        run.claim(resume=resumes, overwrite=start.overwrite)
+    processes.wait()
+    make_deterministic(processes.device)
+
+    text = load_text_side(recipe.model)
+    check_max_length(recipe.model, recipe.data.max_length)
+    train_set, held_out = load_pairs(recipe.data, pair_tokenizer(recipe, text), recipe.train)
+    if processes.is_main:
+        describe_data(train_set, held_out, text, recipe)
+
+    seed_everything(recipe.train.seed)
+    built = build_for_training(recipe, text, processes.device)
+    optimizer = Optimizer(built.model.named_parameters(), recipe.train)
+    checkpoint = find_checkpoint(run, start.resume_from) if resumes else None
+    progress = Progress()
+    if checkpoint is not None:
+        check_unchanged(run, recipe, train_set.fingerprint)
+        progress = restore(checkpoint, built, optimizer)
+    if processes.is_main:
+        write_file(run.recipe, dump_recipe(recipe))
+        write_file(run.manifest, to_json(manifest(recipe, start, processes, text, built, train_set, held_out)))
+
+    scaler = torch.amp.GradScaler(processes.device.type, enabled=built.base.dtype == torch.float16)
+    if progress.loss_scale:
+        scaler.load_state_dict(progress.loss_scale)
+    loop = Run(
+        recipe=recipe,
+        processes=processes,
+        logprobs=built.logprobs,
+        optimizer=optimizer,
+        scaler=scaler,
+        train_set=train_set,
+        held_out=held_out.in_source_order() if held_out else [],
+        total_steps=train_set.total_steps(recipe.train),
+        peak_learning_rate=peak_learning_rate(recipe.train, lora=recipe.lora is not None),
+        max_tokens=max_tokens(recipe, processes.device),
+        progress=progress,
+        metrics=MetricsFile(run.metrics, progress.metrics_length) if processes.is_main else None,
+        samples=MetricsFile(run.samples, progress.samples_length)
+        if processes.is_main and recipe.train.sample_prompts
+        else None,
+        answer=lambda prompts: answers(built.base, text, prompts),
+        save=lambda: save(run, recipe, built, optimizer, progress) if processes.is_main else None,
+    )
+    if processes.is_main:
+        describe_run(loop, built)
+    train_steps(loop)
+    figures = finish(run, loop, text, built, held_out) if processes.is_main else {}
+    processes.close()
+    return figures
+
+
+def make_deterministic(device: torch.device) -> None:
+    """On a CPU, the same recipe gives the same bytes; on a GPU some kernels add in an order of their own."""
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def pair_tokenizer(recipe: Recipe, text: TextSide) -> PairTokenizer:
+    """The recipe's way from a pair to token ids."""
+    data = recipe.data
+    return PairTokenizer(
+        text.tokenizer,
+        text.template,
+        max_length=data.max_length,
+        max_prompt_length=data.max_prompt_length,
+        overlong=data.overlong,
+        min_response_tokens=data.min_response_tokens,
+        add_bos=data.add_bos,
+        nll_tokens=recipe.loss.nll_tokens,
+    )
+
+
+def max_tokens(recipe: Recipe, device: torch.device) -> int:
+    """Flat tokens of a micro-batch: the recipe's, or for `auto` a number by device that the longest pair fits."""
+    if recipe.train.max_tokens_per_microbatch != "auto":
+        return recipe.train.max_tokens_per_microbatch
+    return max(AUTO_MAX_TOKENS.get(device.type, 4096), 2 * recipe.data.max_length)
+
+
+# ---- what is said before the first step ----
+
+
+def describe_data(train_set: PairSet, held_out: PairSet | None, text: TextSide, recipe: Recipe) -> None:
+    """Say which pairs are used, which are not and why, and show the first one token by token."""
+    for name, pairs in (("training", train_set), ("held-out", held_out)):
+        if pairs is None:
+            continue
+        size = "a stream, not counted" if pairs.pairs is None else f"{pairs.pairs:,} pairs of {pairs.rows:,} rows"
+        formats = ", ".join(dict.fromkeys(f"{s.format.name} ({s.format.why})" for s in pairs.reader.sources))
+        say(f"{name} data: {size}; format {formats}")
+        for line in pairs.drop_lines():
+            say(f"  dropped {line}")
+        if pairs.dropped_share > recipe.data.max_dropped / 10:
+            warn(f"{pairs.dropped_share:.0%} of the rows were dropped; above {recipe.data.max_dropped:.0%} is an error")
+    template = text.template
+    say(f"template: {template.name}, a turn ends with {template.end_of_turn}")
+    if text.added_tokens:
+        say(f"  tokens added to the vocabulary: {' '.join(text.added_tokens)}")
+    first_pair(pair_pieces(train_set.first(), text, recipe.loss.nll_tokens))
+
+
+def pair_pieces(pair: TokenizedPair, text: TextSide, nll_tokens: str) -> dict[str, list[tuple[str, bool, bool]]]:
+    """Each side's tokens as (text, in the NLL, in the odds ratio)."""
+    in_nll = set(nll_positions(pair, nll_tokens).tolist())
+    sides = {"chosen": (pair.chosen_ids, pair.chosen_start), "rejected": (pair.rejected_ids, pair.rejected_start)}
+    return {
+        side: [
+            (text.tokenizer.decode([token]), side == "chosen" and i in in_nll, i >= start)
+            for i, token in enumerate(ids.tolist())
+        ]
+        for side, (ids, start) in sides.items()
+    }
+
+
+def describe_run(run: Run, built: Built) -> None:
+    """Say what is trained, how, and in how many steps."""
+    recipe, section = run.recipe, run.recipe.train
+    trained = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in built.base.parameters())
+    how = "full fine-tune" if recipe.lora is None else "LoRA"
+    bits = "4-bit" if recipe.model.load_in_4bit else "8-bit" if recipe.model.load_in_8bit else str(built.base.dtype)[6:]
+    say(
+        f"model: {recipe.model.name_or_path}, {bits}, on {run.processes.device}; {how}, {trained:,} of {total:,} trained"
+    )
+    if built.trained_rows:
+        say(f"  {len(built.trained_rows)} embedding rows were new or untrained: they start at the mean and are trained")
+    if built.why_not_shared:
+        say(f"  prompts are not shared between a pair's answers: {built.why_not_shared}")
+    say(
+        f"training: {run.total_steps:,} steps of {section.batch_size} pairs, peak learning rate "
+        f"{run.peak_learning_rate:.3g} ({section.lr_scheduler_type}), beta {recipe.loss.beta}, "
+        f"NLL over {recipe.loss.nll_tokens} tokens, mean by {recipe.loss.nll_reduction}"
+    )
+    if run.progress.step:
+        say(f"going on after step {run.progress.step}")
+
+
+def manifest(
+    recipe: Recipe,
+    start: Start,
+    processes: Processes,
+    text: TextSide,
+    built: Built,
+    train_set: PairSet,
+    held_out: PairSet | None,
+) -> dict[str, Any]:
+    """What made this run: versions, devices, command line, seed, base revision, data and its counts."""
+    device = processes.device
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "tokenizers")
+    return {
+        "command": shlex.join(start.command),
+        "versions": {"orpo": __version__, "python": platform.python_version()} | {p: version(p) for p in packages},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() or device.type,
+        "device_type": device.type,
+        "processes": processes.count,
+        "threads": torch.get_num_threads(),
+        "seed": recipe.train.seed,
+        "base": {
+            "name_or_path": recipe.model.name_or_path,
+            "revision": getattr(built.base.config, "_commit_hash", None) or recipe.model.revision,
+            "dtype": str(built.base.dtype).removeprefix("torch."),
+        },
+        "template": {
+            "name": text.template.name,
+            "end_of_turn": text.template.end_of_turn,
+            "added_tokens": text.added_tokens,
+            "trained_rows": built.trained_rows,
+        },
+        "shared_prefix": built.why_not_shared is None,
+        "max_tokens_per_microbatch": max_tokens(recipe, device),
+        "learning_rate": peak_learning_rate(recipe.train, lora=recipe.lora is not None),
+        "data": {"train": train_set.summary(), "eval": held_out.summary() if held_out else None},
+    }
+
+
+# ---- checkpoints ----
+
+
+def find_checkpoint(run: RunDirectory, named: Path | None) -> Path | None:
+    """The checkpoint to go on from: the named one, else the newest sound one, None if there is none."""
+    if named is not None:
+        if not named.is_dir():
+            raise InputError(f"there is no checkpoint {named}", f"they lie in {run.checkpoints}")
+        return named
+    newest, damaged = newest_sound(run.checkpoints)
+    for line in damaged:
+        warn(f"passed over a damaged checkpoint: {line}")
+    return newest
+
+
+def save(run: RunDirectory, recipe: Recipe, built: Built, optimizer: Optimizer, progress: Progress) -> None:
+    """Write the checkpoint of this step."""
+
+    def write_weights(directory: Path) -> None:
+        if isinstance(built.model, PeftModel):
+            save_adapter(built.model, directory, base=recipe.model.name_or_path, revision=recipe.model.revision)
+        else:
+            save_file({n: p.detach() for n, p in built.model.named_parameters()}, directory / "model.safetensors")
+
+    save_checkpoint(
+        run.checkpoints,
+        progress.step,
+        write_weights=write_weights,
+        optimizer=optimizer.tensors(),
+        state=dataclasses.asdict(progress),
+        keep=recipe.train.save_total_limit,
+        protect=progress.best_step,
+    )
+
+
+def restore(checkpoint: Path, built: Built, optimizer: Optimizer) -> Progress:
+    """Load weights and optimizer from a checkpoint. Raises InputError if it is damaged."""
+    weights, optimizer_tensors, state = load_checkpoint(checkpoint)
+    if isinstance(built.model, PeftModel):
+        set_peft_model_state_dict(built.model, weights)
+    else:
+        with torch.no_grad():
+            for name, parameter in built.model.named_parameters():
+                parameter.copy_(weights[name])
+    optimizer.load_tensors(optimizer_tensors)
+    return Progress(**{**state, "position": Position(**state["position"])})
+
+
+# ---- what is written after the last step ----
+
+
+def finish(run: RunDirectory, loop: Run, text: TextSide, built: Built, held_out: PairSet | None) -> dict[str, Any]:
+    """Adapter, held-out figures, merged weights, verdict; the held-out figures."""
+    recipe = loop.recipe
+    if isinstance(built.model, PeftModel):
+        write_directory(run.adapter, lambda directory: write_adapter(directory, built, text, recipe))
+        say(f"adapter: {run.adapter}")
+    figures: dict[str, Any] = {}
+    if held_out is not None:
+        scores = loop.last_scores or score_together(loop)
+        figures = {**summarise(scores, loop.held_out, recipe.loss), "skipped": skipped(held_out)}
+        write_file(run.eval, to_json(figures))
+        write_file(run.eval_pairs, to_json_lines(pair_lines(scores, loop.held_out)))
+    if recipe.lora is None:
+        write_directory(run.merged, lambda directory: save_model(built.base, text, recipe.model, directory))
+    elif recipe.output.merge:
+        pairs = loop.held_out[:MEASURED_PAIRS] or [loop.train_set.first()]
+        gaps: list[dict[str, Any]] = []
+        write_directory(
+            run.merged,
+            lambda directory: gaps.append(
+                merge_trained(built, text, recipe.model, run.adapter, directory, pairs, loop.max_tokens)
+            ),
+        )
+        if gaps[0]:
+            write_file(run.manifest, to_json({**read_manifest(run), "merge": gaps[0]}))
+    verdict(run, loop, figures)
+    return figures
+
+
+def write_adapter(directory: Path, built: Built, text: TextSide, recipe: Recipe) -> None:
+    """The adapter with all that is needed to use it: tokenizer, template, and the ids that stop generation."""
+    assert isinstance(built.model, PeftModel)
+    save_adapter(built.model, directory, base=recipe.model.name_or_path, revision=recipe.model.revision)
+    text.tokenizer.save_pretrained(directory)
+    set_stop_tokens(built.base, text)
+    built.base.generation_config.save_pretrained(directory)
+
+
+def verdict(run: RunDirectory, loop: Run, figures: dict[str, Any]) -> None:
+    """Held-out figures before and after, and how to use what was made."""
+    if figures:
+        rows = [row for row in read_metrics(run.metrics) if "eval_loss" in row]
+        before = next((row for row in rows if row["step"] == 0), None)
+        say()
+        say(comparison(before, figures))
+        if before is not None:
+            gained = figures["accuracy"] - before["eval_accuracy"]
+            low, high = figures["accuracy_ci95"]
+            clear = low > before["eval_accuracy"] or high < before["eval_accuracy"]
+            say(
+                f"verdict: {gained:+.1%} accuracy on {figures['pairs']:,} held-out pairs, "
+                f"{'beyond' if clear else 'within'} what chance would explain"
+            )
+    say()
+    if run.merged.exists():
+        say("use it:")
+        say(f'  transformers  AutoModelForCausalLM.from_pretrained("{run.merged}")')
+        say(f"  vLLM          vllm serve {run.merged}")
+        say(
+            f"  llama.cpp     python convert_hf_to_gguf.py {run.merged} --outfile model.gguf && llama-cli -m model.gguf"
+        )
+    elif run.adapter.exists():
+        say(f"use it:  orpo merge {run.path}  writes full weights for transformers, vLLM and llama.cpp")
