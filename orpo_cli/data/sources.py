@@ -586,7 +586,7 @@ def _saved_part(source: int, spec: SourceSpec, usual: Sequence[str], files: Sequ
 
 
 def _dataset_reader(dataset: Any) -> Callable[[int], Iterator[Row]]:
-    return lambda start: iter(dataset.select(range(min(start, len(dataset)), len(dataset))))
+    return lambda start: iter(dataset.select(range(start, len(dataset))) if start < len(dataset) else ())
 
 
 def _hub_part(source: int, spec: SourceSpec, usual: Sequence[str], streamed: bool) -> Part:
