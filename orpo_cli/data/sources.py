@@ -32,7 +32,7 @@ STREAM_ABOVE_BYTES = 1 << 30
 """With `streaming: auto`, local files that are larger than this in all are streamed."""
 
 _KINDS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
-_READABLE = ".json, .jsonl, .ndjson, .csv, .tsv (each also with .gz or .zst) and .parquet"
+_READABLE = ".json, .jsonl, .ndjson, .csv, .tsv or .parquet, also packed as .gz or .zst"
 
 
 class SourceSpec(Protocol):
@@ -219,8 +219,7 @@ def _directory_files(path: Path, spec: SourceSpec, usual: Sequence[str]) -> list
 def _kind(path: Path) -> str | None:
     """Return the kind of file that the name tells, None for one that cannot be read."""
     packed = path.suffix.lower() in (".gz", ".zst")
-    kind = _KINDS.get((path.with_suffix("") if packed else path).suffix.lower())
-    return None if packed and kind == "parquet" else kind
+    return _KINDS.get((path.with_suffix("") if packed else path).suffix.lower())
 
 
 def _nearest(path: Path) -> str:
@@ -234,6 +233,9 @@ def _nearest(path: Path) -> str:
 
 
 def _file_part(source: int, path: Path, streamed: bool) -> Part:
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs.github.com/spec"):
+            raise DataError(f"{path} is a Git LFS pointer, not the data", "fetch the data with `git lfs pull`")
     fingerprint = _file_digest(path)
     if _kind(path) == "parquet":
         return _parquet_part(source, path, fingerprint, streamed)
@@ -284,15 +286,17 @@ def _reader(path: Path, blank_lines: list[int]) -> tuple[Callable[[], Iterator[A
 
 
 def _open(path: Path) -> IO[bytes]:
-    """Open a file for reading its bytes, unpacked."""
-    with path.open("rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs.github.com/spec"):
-            raise DataError(f"{path} is a Git LFS pointer, not the data", "fetch the data with `git lfs pull`")
+    """Open a file for reading its bytes, unpacked and without a byte order mark."""
+    file: gzip.GzipFile | io.BufferedReader
     if path.suffix.lower() == ".gz":
-        return cast(IO[bytes], gzip.open(path))
-    if path.suffix.lower() == ".zst":
-        return io.BufferedReader(_ZstdFile(path))
-    return path.open("rb")
+        file = gzip.open(path)  # noqa: SIM115 - the caller closes it
+    elif path.suffix.lower() == ".zst":
+        file = io.BufferedReader(_ZstdFile(path))
+    else:
+        file = path.open("rb")
+    if file.peek(3).startswith(b"\xef\xbb\xbf"):
+        file.read(3)
+    return cast(IO[bytes], file)
 
 
 class _ZstdFile(io.RawIOBase):
@@ -374,13 +378,13 @@ _DECODER = json.JSONDecoder(
 def _json_shape(path: Path) -> Literal["lines", "array", "object"]:
     """Tell JSON lines from an array and from one object around the rows, whatever the file's name says."""
     with _open(path) as file:
-        start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+        start = file.read(1 << 16).lstrip()
     json_lines_by_name = _kind(path) == "jsonl"
     if start.startswith(b"[") and not json_lines_by_name:
         return "array"
     with _open(path) as file:
         lines = (line for line in map(bytes.strip, file) if line)
-        first, second = next(lines, b"").removeprefix(b"\xef\xbb\xbf"), next(lines, b"")
+        first, second = next(lines, b""), next(lines, b"")
     value = _value(first)
     if isinstance(value, dict):
         return "object" if not second and _wrapped(value) is not None else "lines"
@@ -388,7 +392,9 @@ def _json_shape(path: Path) -> Literal["lines", "array", "object"]:
         return "lines" if second else "array"
     if first.startswith(b"["):
         return "array"
-    return "lines" if json_lines_by_name or not first.startswith(b"{") or _value(second) else "object"
+    # A line by line file may have a broken first line; an object goes on after an opening bracket or a comma.
+    goes_on = not second or first.endswith((b"{", b"[", b","))
+    return "object" if first.startswith(b"{") and goes_on and not json_lines_by_name else "lines"
 
 
 def _value(text: bytes) -> Any:
@@ -403,9 +409,7 @@ def _lines(path: Path, blank_lines: list[int]) -> Iterator[bytes]:
     """Give the lines that are not blank, and note in `blank_lines` the row before which a blank one stands."""
     row = blanks = 0
     with _open(path) as file:
-        for number, line in enumerate(file):
-            if number == 0:
-                line = line.removeprefix(b"\xef\xbb\xbf")
+        for line in file:
             if line.strip():
                 row += 1
                 yield line
@@ -416,7 +420,7 @@ def _lines(path: Path, blank_lines: list[int]) -> Iterator[bytes]:
 
 
 def _parse_line(line: bytes) -> Row:
-    text = line.decode()
+    text = line.decode().rstrip()
     try:
         return _as_row(_DECODER.decode(text))
     except json.JSONDecodeError as error:
@@ -435,7 +439,7 @@ def _as_row(value: Any) -> Row:
 def _array_items(path: Path) -> Iterator[Any]:
     """Give the items of a JSON array one by one, holding no more than some of the file at a time."""
     between = re.compile(r"[\s,]*")
-    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
+    with io.TextIOWrapper(_open(path), encoding="utf-8", newline="") as file:
         text = file.read(1 << 20).lstrip()
         at, row = 1, 0  # behind the opening bracket
         while True:
@@ -462,7 +466,7 @@ def _array_items(path: Path) -> Iterator[Any]:
 def _object_items(path: Path) -> Iterator[Any]:
     """Give the rows of a file that is one object: a wrapper around a list of rows, or a single row."""
     with _open(path) as file:
-        text = file.read().decode("utf-8-sig")
+        text = file.read().decode()
     try:
         value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -486,7 +490,7 @@ def _wrapped(value: Mapping[str, Any]) -> list[Any] | None:
 def _table_rows(path: Path, delimiter: str) -> Iterator[dict[str, str] | BadRow]:
     """Give a CSV file's rows, every value a text as it stands in the file."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a long answer is longer than the default allows
-    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
+    with io.TextIOWrapper(_open(path), encoding="utf-8", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         header = next(reader, [])
         if repeated := [name for name in header if header.count(name) > 1]:
@@ -509,35 +513,46 @@ def _parquet_part(source: int, path: Path, fingerprint: str, streamed: bool) -> 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    def file() -> pq.ParquetFile:
+        # Parquet is read from its end: a packed file has to be unpacked first, in memory.
+        packed = path.suffix.lower() in (".gz", ".zst")
+        with _damage_explained(path, lambda: 0):
+            return pq.ParquetFile(io.BytesIO(_open(path).read()) if packed else path)
+
+    def read(start: int) -> Iterator[Row]:
+        with file() as opened:
+            for group in range(opened.num_row_groups):
+                size = opened.metadata.row_group(group).num_rows
+                if start >= size:
+                    start -= size
+                    continue
+                for batch in opened.iter_batches(batch_size=256, row_groups=[group]):
+                    yield from batch.slice(start).to_pylist()
+                    start = max(0, start - len(batch))
+
     def explained(rows: Iterator[Row]) -> Iterator[Row]:
         try:
             yield from rows
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} is damaged, or no Parquet file: {_first_line(error)}") from error
 
-    def read(start: int) -> Iterator[Row]:
-        with pq.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                size = file.metadata.row_group(group).num_rows
-                if start < size:
-                    for batch in file.iter_batches(batch_size=256, row_groups=[group]):
-                        yield from batch.slice(start).to_pylist()
-                        start = max(0, start - len(batch))
-                else:
-                    start -= size
-
     try:
-        count = pq.read_metadata(path).num_rows
-        table = None if streamed else pq.read_table(path)
+        with file() as opened:
+            count = opened.metadata.num_rows
+            table = None if streamed else opened.read()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is damaged, or no Parquet file: {_first_line(error)}") from error
+    if table is None:
+        return Part(source, str(path), fingerprint, lambda start: explained(read(start)), count)
+    batches = table.to_batches(max_chunksize=256)
 
     def held(start: int) -> Iterator[Row]:
-        assert table is not None
-        for batch in table.slice(start).to_batches(max_chunksize=256):
-            yield from batch.to_pylist()
+        for batch in batches:
+            if start < len(batch):
+                yield from batch.slice(start).to_pylist()
+            start = max(0, start - len(batch))
 
-    return Part(source, str(path), fingerprint, lambda start: explained((read if streamed else held)(start)), count)
+    return Part(source, str(path), fingerprint, lambda start: explained(held(start)), count)
 
 
 # Fingerprints
