@@ -1,4 +1,4 @@
-"""Held-out figures: the log-probs of every pair, and what they say together.
+"""`orpo eval`: the log-probs of every held-out pair, and what they say together.
 
 Per pair all is computed by the flat-batch engine that trains; everything derived from it is float64 here.
 Shapes: N pairs.
@@ -8,17 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from orpo_cli.data.batches import cut_by_tokens, flat_batch, nll_positions
-from orpo_cli.data.dataset import DROP_REASONS, PairSet
+from orpo_cli.data.dataset import DROP_REASONS, PairSet, load_held_out
 from orpo_cli.data.tokenize import TokenizedPair
+from orpo_cli.files import to_json, to_json_lines, write_file
 from orpo_cli.loss import MAX_LOGP
+from orpo_cli.model.build import build_for_scoring, load_text_side, max_tokens, pair_tokenizer
 from orpo_cli.model.logprobs import PairLogprobs, inference
-from orpo_cli.recipe.schema import LossSection
+from orpo_cli.recipe import LossSection, load_recipe
+from orpo_cli.run import find_subject
 
 # Pairs whose micro-batches are cut together; bounds the work of packing, not the result.
 _WINDOW = 512
@@ -178,3 +183,34 @@ def pair_lines(scores: Scores, pairs: Sequence[TokenizedPair]) -> Iterator[Mappi
 
 def _response_tokens(pair: TokenizedPair) -> tuple[int, int]:
     return len(pair.chosen_ids) - pair.chosen_start, len(pair.rejected_ids) - pair.rejected_start
+
+
+# ---- the verb ----
+
+
+def evaluate_target(
+    target: str, *, data: str | None = None, recipe_file: Path | None = None, output: Path | None = None
+) -> dict[str, Any]:
+    """The held-out figures of a run, an adapter or a model; written to `output`, if given, with its pairs beside it.
+
+    A run, and whatever lies in one, is read, rendered and scored as its recipe says; `data` names other pairs.
+    Raises InputError kinds where something is missing.
+    """
+    subject = find_subject(target, load_recipe(recipe_file) if recipe_file else None, data)
+    recipe, device = subject.recipe, PartialState().device
+    text = load_text_side(recipe.model, subject.tokenizer)
+    pairs = load_held_out(recipe.data, pair_tokenizer(recipe, text), recipe.train)
+    built = build_for_scoring(recipe.model, text, device, adapter=subject.adapter)
+    listed = pairs.in_source_order()
+    scores = score_pairs(
+        built.logprobs,
+        listed,
+        nll_tokens=recipe.loss.nll_tokens,
+        max_tokens=max_tokens(recipe, device),
+        device=device,
+    )
+    figures = {**summarise(scores, listed, recipe.loss), "skipped": skipped(pairs)}
+    if output is not None:
+        write_file(output, to_json(figures))
+        write_file(output.with_suffix(".pairs.jsonl"), to_json_lines(pair_lines(scores, listed)))
+    return figures

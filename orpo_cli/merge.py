@@ -1,4 +1,4 @@
-"""Adapters into full weights that stock transformers loads."""
+"""`orpo merge`: adapters into full weights that stock transformers loads."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from orpo_cli.data.tokenize import TokenizedPair
+from orpo_cli.errors import InputError
 from orpo_cli.evaluate import score_pairs
-from orpo_cli.model.build import Built, TextSide, build_for_scoring, set_stop_tokens
+from orpo_cli.files import write_directory
+from orpo_cli.model.build import Built, TextSide, build_for_scoring, load_text_side, set_stop_tokens
 from orpo_cli.model.load import load_config
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe.schema import ModelSection
+from orpo_cli.run import find_subject
 
 
 def merge_into_base(model: PeftModel) -> PreTrainedModel:
@@ -88,3 +91,25 @@ def save_model(model: PreTrainedModel, text: TextSide, section: ModelSection, di
     model.config.use_cache = True
     model.save_pretrained(directory)
     text.tokenizer.save_pretrained(directory)
+
+
+def merge_target(target: str, *, output: Path | None, base: str | None, dtype: str) -> Path:
+    """`orpo merge`: a run's or any adapter's weights, merged; where they were written.
+
+    Raises InputError kinds for what is no adapter, and for an `output` that holds something.
+    """
+    subject = find_subject(target, None, data="-")
+    if subject.adapter is None:
+        raise InputError(f"{target} has no adapter to merge", "a full fine-tune is whole in RUN/merged already")
+    changes = {"dtype": dtype} | ({"name_or_path": base, "revision": "main"} if base else {})
+    section = subject.recipe.model.model_copy(update=changes)
+    path = Path(target)
+    directory = output or (path / "merged" if (path / "recipe.yaml").exists() else path.with_name("merged"))
+    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} is not empty", "name another --output")
+    text = load_text_side(section, subject.tokenizer)
+    built = build_for_scoring(section, text, torch.device("cpu"), adapter=subject.adapter, quantise=False)
+    assert isinstance(built.model, PeftModel)
+    merged = merge_into_base(built.model)
+    write_directory(directory, lambda unfinished: save_model(merged, text, section, unfinished))
+    return directory

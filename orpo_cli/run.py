@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_cli.errors import InputError
-from orpo_cli.recipe import Recipe, load_recipe
+from orpo_cli.recipe import Recipe, SourceSpec, load_recipe
 
 # What a run writes, and --overwrite removes; anything else in the directory is the user's and stays.
 FILES = (
@@ -139,3 +140,77 @@ def check_unchanged(run: RunDirectory, recipe: Recipe, fingerprint: str) -> None
 def read_manifest(run: RunDirectory) -> dict[str, Any]:
     """The run's manifest, empty if it has none."""
     return json.loads(run.manifest.read_text(encoding="utf-8")) if run.manifest.exists() else {}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that a verb is pointed at: a run, an adapter, or a model by itself."""
+
+    recipe: Recipe
+    """How to load, read, render and score; `model` names the base, or the model itself."""
+    adapter: Path | None
+    """The adapter to put into the base; None for a model by itself."""
+    tokenizer: Path | None
+    """Where the tokenizer is to be read instead of the base's; None: the base's, taught the recipe's template."""
+
+
+def find_subject(target: str, recipe: Recipe | None, data: str | None) -> Subject:
+    """What `target` names. `recipe` says how to use what is in no run; `data` replaces the held-out source.
+
+    Raises InputError where it names nothing, or nothing says which pairs to use.
+    """
+    path = Path(target)
+    if (path / "recipe.yaml").is_file():
+        run, own = open_run(path)
+        adapter = run.adapter if own.lora is not None else None
+        if not (run.adapter if adapter else run.merged).is_dir():
+            raise InputError(f"{path} is not finished: it has no {'adapter' if adapter else 'merged'}/", "--resume it")
+        recipe = recipe or own
+        subject = (
+            Subject(recipe, adapter, None) if adapter else Subject(_by_itself(recipe, str(run.merged)), None, None)
+        )
+    elif (path / "adapter_config.json").is_file():
+        recipe = recipe or _recipe_around(path)
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        name, revision = base.get("base_model_name_or_path"), base.get("revision") or "main"
+        tokenizer = path if (path / "tokenizer_config.json").is_file() else None
+        recipe = recipe or minimal_recipe(name, data)
+        model = recipe.model.model_copy(update={"name_or_path": name, "revision": revision})
+        subject = Subject(recipe.model_copy(update={"model": model}), path, tokenizer)
+    else:
+        recipe = recipe or _recipe_around(path)
+        subject = Subject(_by_itself(recipe, target) if recipe else minimal_recipe(target, data), None, None)
+    if data is None:
+        return subject
+    section = subject.recipe.data.model_copy(update={"eval": [SourceSpec(path=data)]})
+    return dataclasses.replace(subject, recipe=subject.recipe.model_copy(update={"data": section}))
+
+
+def minimal_recipe(model: str, data: str | None) -> Recipe:
+    """A recipe of defaults for a model that has none."""
+    if data is None:
+        raise InputError(f"{model} is no run, so nothing says which pairs to score", "give --data, or --recipe")
+    return Recipe.model_validate({"model": {"name_or_path": model}, "data": {"train": data}, "lora": None})
+
+
+def _recipe_around(path: Path) -> Recipe | None:
+    """The recipe of the run in which a model or adapter lies, if it lies in one."""
+    for parent in list(path.resolve().parents)[:2]:
+        if (parent / "recipe.yaml").is_file() and (parent / "manifest.json").is_file():
+            return load_recipe(parent / "recipe.yaml")
+    return None
+
+
+def _by_itself(recipe: Recipe, model: str) -> Recipe:
+    """The recipe for a model that needs no adapter and brings tokenizer and template along, unquantised."""
+    keep_raw = recipe.model.chat_template == "none"
+    section = recipe.model.model_copy(
+        update={
+            "name_or_path": model,
+            "revision": "main",
+            "load_in_4bit": False,
+            "load_in_8bit": False,
+            "chat_template": "none" if keep_raw else "auto",
+        }
+    )
+    return recipe.model_copy(update={"model": section, "lora": None})

@@ -61,7 +61,7 @@ def open_sources(specs: Sequence[SourceSpec], section: DataSection) -> list[Sour
     sources = []
     for spec in specs:
         rows = open_source([spec], section.streaming)
-        columns = {**section.columns, **spec.columns}
+        columns: dict[str, str] = {**section.columns, **spec.columns}
         [first] = rows.heads(_PEEK_ROWS)
         if not first:
             raise DataError(f"{spec.path} has no readable row", "see data.train and data.eval")
@@ -261,7 +261,7 @@ def load_pairs(section: DataSection, tokenise: PairTokenizer, train: TrainSectio
         training.first()
     else:
         training, held_out = survey(reader, section, holdout)
-    if section.eval is not None and holdout is None:
+    if section.eval is not None and not isinstance(section.eval, Holdout):
         held_out = load_eval_pairs(section, section.eval, tokenise)
     return training, held_out
 
@@ -271,6 +271,17 @@ def load_eval_pairs(section: DataSection, specs: Sequence[SourceSpec], tokenise:
     reader = PairReader(open_sources(specs, section), section, tokenise)
     pairs, _ = survey(reader, section, None, keep=True)
     return pairs
+
+
+def load_held_out(section: DataSection, tokenise: PairTokenizer, train: TrainSection) -> PairSet:
+    """The held-out set alone. Raises DataError if the recipe names none."""
+    if section.eval is None:
+        raise DataError("the recipe has no held-out data", "give --data, or set data.eval")
+    if not isinstance(section.eval, Holdout):
+        return load_eval_pairs(section, section.eval, tokenise)
+    _, held_out = load_pairs(section, tokenise, train)
+    assert held_out is not None
+    return held_out
 
 
 def survey(

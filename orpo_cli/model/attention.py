@@ -46,11 +46,11 @@ def shared_prefix_attention(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (1, H, Q, D) are the last Q of k's and v's (1, G, K, D) tokens."""
         queries, keys = q.shape[2], k.shape[2]
-        windowed = sliding_window is not None and keys > sliding_window
+        window = sliding_window if sliding_window is not None and sliding_window < keys else None
         mask = None
-        if windowed or queries < keys:
+        if window is not None or queries < keys:
             behind = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
-            mask = (behind >= 0) & (behind < sliding_window) if windowed else behind >= 0
+            mask = behind >= 0 if window is None else (behind >= 0) & (behind < window)
         return F.scaled_dot_product_attention(
             q,
             k,

@@ -11,12 +11,16 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from orpo_cli.data.templates import ChatTemplate, fit_tokenizer, resolve_template
+from orpo_cli.data.tokenize import PairTokenizer
 from orpo_cli.errors import ModelError
 from orpo_cli.model.load import FreshRows, fit_vocabulary, load_config, load_model, load_tokenizer
 from orpo_cli.model.logprobs import PairLogprobs, why_not_shared
 from orpo_cli.model.lora import add_lora, load_adapter
 from orpo_cli.recipe import Recipe
 from orpo_cli.recipe.schema import LoraSection, ModelSection
+
+# Flat tokens of a micro-batch under `max_tokens_per_microbatch: auto`; the longest possible pair always fits.
+AUTO_MAX_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 16384}
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,10 @@ class Built:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
 
-def load_text_side(section: ModelSection) -> TextSide:
-    """The base's tokenizer, taught the recipe's template."""
-    tokenizer = load_tokenizer(section)
+def load_text_side(section: ModelSection, saved_with: Path | None = None) -> TextSide:
+    """The base's tokenizer, or the one in the directory `saved_with`, taught the recipe's template."""
+    source = section if saved_with is None else section.model_copy(update={"name_or_path": str(saved_with)})
+    tokenizer = load_tokenizer(source)
     template = resolve_template(
         section.chat_template,
         tokenizer,
@@ -66,6 +71,28 @@ def load_text_side(section: ModelSection) -> TextSide:
         kwargs=dict(section.chat_template_kwargs),
     )
     return TextSide(tokenizer, template, fit_tokenizer(tokenizer, template))
+
+
+def pair_tokenizer(recipe: Recipe, text: TextSide) -> PairTokenizer:
+    """The recipe's way from a pair to token ids."""
+    data = recipe.data
+    return PairTokenizer(
+        text.tokenizer,
+        text.template,
+        max_length=data.max_length,
+        max_prompt_length=data.max_prompt_length,
+        overlong=data.overlong,
+        min_response_tokens=data.min_response_tokens,
+        add_bos=data.add_bos,
+        nll_tokens=recipe.loss.nll_tokens,
+    )
+
+
+def max_tokens(recipe: Recipe, device: torch.device) -> int:
+    """Flat tokens of a micro-batch: the recipe's, or for `auto` a number by device that the longest pair fits."""
+    if recipe.train.max_tokens_per_microbatch != "auto":
+        return recipe.train.max_tokens_per_microbatch
+    return max(AUTO_MAX_TOKENS.get(device.type, 4096), 2 * recipe.data.max_length)
 
 
 def check_max_length(section: ModelSection, max_length: int) -> None:

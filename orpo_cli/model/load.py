@@ -138,7 +138,7 @@ def _explained(section: ModelSection) -> Iterator[None]:
 
 def _explanation(name: str, local: bool, error: Exception) -> ModelError:
     text = " ".join(str(error).split())
-    chain = []
+    chain: list[str] = []
     cause: BaseException | None = error
     while cause is not None and len(chain) < 8:
         chain.append(type(cause).__name__)

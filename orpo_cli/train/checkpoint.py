@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,49 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from orpo_cli.errors import InputError
+from orpo_cli.files import to_json, write_directory
 
 MANIFEST = "MANIFEST.json"
 _NAME = re.compile(r"step-(\d{6,})$")
-
-
-def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
-    """Make the directory `target` with what `fill` writes into it, atomically; one already there is replaced."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    fill(unfinished)
-    for path in sorted(unfinished.rglob("*")):
-        _sync(path)
-    _sync(unfinished)
-    if target.exists():  # a directory cannot be renamed onto one that is not empty
-        replaced = target.with_name(f".{target.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        target.rename(replaced)
-        unfinished.rename(target)
-        shutil.rmtree(replaced)
-    else:
-        unfinished.rename(target)
-    _sync(target.parent)
-
-
-def write_file(target: Path, text: str) -> None:
-    """Write a text file atomically."""
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    _sync(unfinished)
-    unfinished.replace(target)
-    _sync(target.parent)
-
-
-def to_json(value: Any) -> str:
-    """JSON with sorted keys, the same text for the same value."""
-    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def to_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """One object a line."""
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def save_checkpoint(
@@ -111,7 +71,7 @@ def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tenso
 
 def newest_sound(directory: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a line on each damaged one that is newer than it."""
-    damaged = []
+    damaged: list[str] = []
     for candidate in reversed(checkpoints(directory)):
         why = fault(candidate)
         if why is None:
@@ -157,11 +117,3 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,32 +19,32 @@ from orpo_cli import __version__
 from orpo_cli.data.batches import nll_positions
 from orpo_cli.data.dataset import PairSet, load_pairs
 from orpo_cli.data.order import Position
-from orpo_cli.data.tokenize import PairTokenizer, TokenizedPair
+from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.errors import InputError
 from orpo_cli.evaluate import pair_lines, skipped, summarise
+from orpo_cli.files import to_json, to_json_lines, write_directory, write_file
 from orpo_cli.generate import answers
 from orpo_cli.merge import merge_trained, save_model
-from orpo_cli.model.build import Built, TextSide, build_for_training, check_max_length, load_text_side, set_stop_tokens
+from orpo_cli.model.build import (
+    Built,
+    TextSide,
+    build_for_training,
+    check_max_length,
+    load_text_side,
+    max_tokens,
+    pair_tokenizer,
+    set_stop_tokens,
+)
 from orpo_cli.model.lora import save_adapter
 from orpo_cli.recipe import Recipe, dump_recipe
 from orpo_cli.report.metrics import MetricsFile, read_metrics
 from orpo_cli.report.terminal import comparison, first_pair, say, warn
 from orpo_cli.run import RunDirectory, check_unchanged, read_manifest
-from orpo_cli.train.checkpoint import (
-    load_checkpoint,
-    newest_sound,
-    save_checkpoint,
-    to_json,
-    to_json_lines,
-    write_directory,
-    write_file,
-)
+from orpo_cli.train.checkpoint import load_checkpoint, newest_sound, save_checkpoint
 from orpo_cli.train.distributed import Processes, seed_everything
 from orpo_cli.train.loop import Progress, Run, score_together, train_steps
 from orpo_cli.train.optimizer import Optimizer, peak_learning_rate
 
-# Flat tokens of a micro-batch under `max_tokens_per_microbatch: auto`; the longest possible pair always fits.
-AUTO_MAX_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 16384}
 # Pairs on which the weights merged from a quantised run are compared with what was trained.
 MEASURED_PAIRS = 64
 
@@ -127,28 +127,6 @@ def make_deterministic(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def pair_tokenizer(recipe: Recipe, text: TextSide) -> PairTokenizer:
-    """The recipe's way from a pair to token ids."""
-    data = recipe.data
-    return PairTokenizer(
-        text.tokenizer,
-        text.template,
-        max_length=data.max_length,
-        max_prompt_length=data.max_prompt_length,
-        overlong=data.overlong,
-        min_response_tokens=data.min_response_tokens,
-        add_bos=data.add_bos,
-        nll_tokens=recipe.loss.nll_tokens,
-    )
-
-
-def max_tokens(recipe: Recipe, device: torch.device) -> int:
-    """Flat tokens of a micro-batch: the recipe's, or for `auto` a number by device that the longest pair fits."""
-    if recipe.train.max_tokens_per_microbatch != "auto":
-        return recipe.train.max_tokens_per_microbatch
-    return max(AUTO_MAX_TOKENS.get(device.type, 4096), 2 * recipe.data.max_length)
-
-
 # ---- what is said before the first step ----
 
 
@@ -192,7 +170,8 @@ def describe_run(run: Run, built: Built) -> None:
     how = "full fine-tune" if recipe.lora is None else "LoRA"
     bits = "4-bit" if recipe.model.load_in_4bit else "8-bit" if recipe.model.load_in_8bit else str(built.base.dtype)[6:]
     say(
-        f"model: {recipe.model.name_or_path}, {bits}, on {run.processes.device}; {how}, {trained:,} of {total:,} trained"
+        f"model: {recipe.model.name_or_path}, {bits}, on {run.processes.device}; {how}, "
+        f"{trained:,} of {total:,} parameters trained"
     )
     if built.trained_rows:
         say(f"  {len(built.trained_rows)} embedding rows were new or untrained: they start at the mean and are trained")

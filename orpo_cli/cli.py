@@ -1,0 +1,162 @@
+"""The command `orpo`: parse, call one function, print. Nothing heavy is imported until a verb needs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from orpo_cli import __version__
+from orpo_cli.errors import InputError, OrpoError, RunError
+
+app = typer.Typer(
+    name="orpo",
+    help="Preference-align a language model in one stage: one YAML recipe, one command, ORPO (arXiv 2403.07691).",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the recipe; may be given repeatedly."),
+]
+OutputDir = Annotated[Path | None, typer.Option("--output-dir", metavar="DIR", help="Override output.dir.")]
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Options of the command itself."""
+    if version:
+        typer.echo(f"orpo {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    set_: Set = None,
+    output_dir: OutputDir = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest sound checkpoint, if any.")] = False,
+    resume_from: Annotated[Path | None, typer.Option(metavar="PATH", help="Go on from this checkpoint.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that the directory holds.")] = False,
+) -> None:
+    """Train, save adapters and merged weights, evaluate on the held-out set."""
+    if overwrite and (resume or resume_from):
+        raise InputError("--overwrite and --resume contradict each other", "give one of them")
+    from orpo_cli.recipe import load_recipe
+
+    resolved = load_recipe(recipe, _overrides(set_, output_dir))
+    from orpo_cli.train import run
+
+    run.train(
+        resolved,
+        run.Start(resume=resume, resume_from=resume_from, overwrite=overwrite, command=tuple(sys.argv)),
+    )
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, an adapter, or a model.")],
+    data: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Hub id, file, glob or directory; else the run's held-out set.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="RECIPE", help="How to read, render and score; a run knows its own.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write figures to FILE, each pair's beside it.")
+    ] = None,
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METRIC=X", help="Exit with 1 if a figure is below X; may be given repeatedly."),
+    ] = None,
+) -> None:
+    """Held-out metrics of a run, an adapter or any model, as JSON."""
+    from orpo_cli.files import to_json
+
+    thresholds = [_threshold(text) for text in fail_under or []]
+    from orpo_cli.evaluate import evaluate_target
+
+    figures = evaluate_target(target, data=data, recipe_file=recipe, output=output)
+    typer.echo(to_json(figures), nl=False)
+    for metric, least in thresholds:
+        if not isinstance(figures.get(metric), int | float):
+            raise InputError(f"--fail-under: there is no figure {metric}", f"there are {', '.join(sorted(figures))}")
+        if not figures[metric] >= least:
+            raise RunError(f"{metric} is {figures[metric]:.4g}, below {least:g}")
+
+
+@app.command()
+def merge(
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run, or an adapter's directory.")],
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to write; else `merged` beside it.")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The base, if not the one the adapter names.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="T", help="auto, bfloat16, float16 or float32.")] = "auto",
+) -> None:
+    """Merge adapters into full weights that stock transformers loads."""
+    from orpo_cli.merge import merge_target
+
+    typer.echo(merge_target(target, output=output, base=base, dtype=dtype))
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to work.")] = Path("orpo-demo"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a demo that is there.")] = False,
+) -> None:
+    """The whole way on a tiny base and data that it makes itself; needs no network."""
+    from orpo_cli.demo import demo as run_demo
+
+    run_demo(directory, overwrite=overwrite)
+
+
+def main() -> None:
+    """Run the command line; exit codes: 0 done, 1 failed, 2 wrong input, 130 or 143 stopped by a signal."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    sys.exit(_exit_code())
+
+
+def _exit_code() -> int:
+    try:
+        return app(standalone_mode=False) or 0
+    except OrpoError as error:
+        _print_error(error.message, error.hint)
+        return error.exit_code
+    except click.ClickException as error:
+        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "orpo"
+        _print_error(error.format_message(), f"{command} --help says what it takes")
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        _print_error("interrupted", None)
+        return 128 + signal.SIGINT
+
+
+def _print_error(message: str, hint: str | None) -> None:
+    from orpo_cli.report.terminal import print_error
+
+    print_error(message, hint)
+
+
+def _threshold(text: str) -> tuple[str, float]:
+    metric, equals, least = text.partition("=")
+    try:
+        return metric, float(least if equals else "")
+    except ValueError:
+        raise InputError(f"--fail-under {text}: not METRIC=X", "for instance --fail-under accuracy=0.8") from None
+
+
+def _overrides(set_: list[str] | None, output_dir: Path | None) -> list[str]:
+    return [*(set_ or []), *([f"output.dir={output_dir}"] if output_dir is not None else [])]

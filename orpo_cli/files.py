@@ -1,0 +1,59 @@
+"""Files that are there whole or not at all, and JSON that is the same text for the same value."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
+    """Make the directory `target` with what `fill` writes into it, atomically; one already there is replaced."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    fill(unfinished)
+    for path in sorted(unfinished.rglob("*")):
+        sync(path)
+    sync(unfinished)
+    if target.exists():  # a directory cannot be renamed onto one that is not empty
+        replaced = target.with_name(f".{target.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+        unfinished.rename(target)
+        shutil.rmtree(replaced)
+    else:
+        unfinished.rename(target)
+    sync(target.parent)
+
+
+def write_file(target: Path, text: str) -> None:
+    """Write a text file atomically."""
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    sync(unfinished)
+    unfinished.replace(target)
+    sync(target.parent)
+
+
+def to_json(value: Any) -> str:
+    """JSON with sorted keys, the same text for the same value."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def to_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """One object a line."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def sync(path: Path) -> None:
+    """Bring a file or a directory's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
