@@ -15,12 +15,12 @@ from orpo_cli.recipe import checks, foreign, strict_yaml
 from orpo_cli.recipe.checks import Fault
 from orpo_cli.recipe.schema import Recipe
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 
 def explain(error: ValidationError, tree: dict[str, Any], raw: dict[str, str | None]) -> list[Fault]:
     """The faults behind a validation error of `tree`; `raw` has its scalars' own letters by dotted key."""
-    complaints: dict[Path, list[Any]] = {}
+    complaints: dict[KeyPath, list[Any]] = {}
     for complaint in error.errors(include_url=False):
         cause = complaint.get("ctx", {}).get("error")
         if isinstance(cause, checks.ImpossibleRecipeError):
@@ -36,12 +36,12 @@ def explain(error: ValidationError, tree: dict[str, Any], raw: dict[str, str | N
     return [fault for fault in faults if not (fault.message.startswith("required") and fault.key in meant)]
 
 
-def dotted(path: Path) -> str:
+def dotted(path: KeyPath) -> str:
     """`("data", "filter", 0, "column")` -> `data.filter.0.column`."""
     return ".".join(map(str, path))
 
 
-def annotation_at(path: Path) -> Any:
+def annotation_at(path: KeyPath) -> Any:
     """The type that the schema gives to a key; None where it knows no such key."""
     annotation: Any = Recipe
     for part in path:
@@ -49,7 +49,7 @@ def annotation_at(path: Path) -> Any:
     return annotation
 
 
-def _path(complaint: Any, tree: Any) -> Path:
+def _path(complaint: Any, tree: Any) -> KeyPath:
     """Where in the tree a complaint belongs: its location without the names of union branches."""
     path: list[str | int] = []
     value = tree
@@ -63,7 +63,7 @@ def _path(complaint: Any, tree: Any) -> Path:
     return tuple(path)
 
 
-def _fault(path: Path, complaints: Sequence[Any], raw: str | None) -> Fault:
+def _fault(path: KeyPath, complaints: Sequence[Any], raw: str | None) -> Fault:
     """One fault out of the complaints that the branches of a key's type have about the same value."""
     key, kinds, value = dotted(path), {complaint["type"] for complaint in complaints}, complaints[0]["input"]
     choices = _choices_at(path)
@@ -89,7 +89,7 @@ def _fault(path: Path, complaints: Sequence[Any], raw: str | None) -> Fault:
 # --------------------------------------------------------------------------------------------- what was meant
 
 
-def _unknown_key(path: Path) -> Fault:
+def _unknown_key(path: KeyPath) -> Fault:
     key = dotted(path)
     section, siblings = path[:-1], _keys(annotation_at(path[:-1]))
     meant, note = _meant_key(path, siblings)
@@ -101,7 +101,7 @@ def _unknown_key(path: Path) -> Fault:
     return Fault(key, "unknown key", f"the {there} are {', '.join(siblings)}")
 
 
-def _meant_key(path: Path, siblings: list[str]) -> tuple[str | None, str]:
+def _meant_key(path: KeyPath, siblings: list[str]) -> tuple[str | None, str]:
     """Our key that a wrong one stands for, and what to mind; (None, why) if there is none, (None, "") if unheard."""
     section, name = dotted(path[:-1]), str(path[-1]).lower().replace("-", "_")
     homes = {key.rpartition(".")[2]: key for key in section_keys()}
@@ -179,7 +179,7 @@ def section_keys() -> list[str]:
     return [f"{section}.{key}" for section, keys in sections.items() for key in keys]
 
 
-def _choices_at(path: Path) -> list[str]:
+def _choices_at(path: KeyPath) -> list[str]:
     if today := checks.NOT_YET.get(dotted(path)):
         return [json.dumps(value).strip('"') for value in today[0]]
     return _choices(annotation_at(path))

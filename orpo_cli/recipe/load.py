@@ -125,6 +125,10 @@ def _override(draft: _Draft, override: str, place: Place) -> None:
         return
     for old in [known for known in draft.places if known == key or known.startswith(f"{key}.")]:
         del draft.places[old], draft.raw[old]
+    ancestor = key
+    while ancestor := ancestor.rpartition(".")[0]:
+        if draft.raw.get(ancestor, "") is not None:  # made here, or in place of a plain value
+            draft.places[ancestor], draft.raw[ancestor] = place, None
     for below, written in value.written.items():
         full = join(key, below) if below else key
         draft.places[full], draft.raw[full] = place, written.raw

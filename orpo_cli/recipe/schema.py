@@ -192,7 +192,10 @@ class FilterSpec(Section):
     def _one_operator(self) -> FilterSpec:
         given = self._operators_given()
         if len(given) != 1:
-            raise ValueError(f"a filter needs exactly one operator with a value, not {' and '.join(given) or 'none'}")
+            raise ValueError(
+                f"a filter needs exactly one operator with a value, not {' and '.join(given) or 'none'}; "
+                "missing values are asked for by is_null: true"
+            )
         return self
 
     def _operators_given(self) -> list[str]:
