@@ -2,8 +2,8 @@
 
 A row's position counts over all sources, one after the other, and is the same streamed or not. JSON, JSON lines
 and CSV are read here, value by value, for what a columnar reader cannot keep: texts that look like dates or
-nulls, a column with strings in one row and lists in another, one broken line among good ones. Directories, hub
-datasets and their splits are for `datasets` to resolve.
+nulls, a column with strings in one row and lists in another, one broken line among good ones. Hub datasets, dataset
+cards and saved datasets are for `datasets` to read.
 """
 
 from __future__ import annotations
@@ -206,14 +206,49 @@ def _local_files(spec: SourceSpec, usual: Sequence[str]) -> list[Path] | None:
     return files
 
 
+_SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
+_SPLIT_FILE = re.compile(rf"([\w-]+?)-\d{{5}}-of-\d{{5}}.*|({'|'.join(_SPLIT_NAMES)})(?:[-_]\d+)?")
+_NO_DATA = ("dataset_info.json", "dataset_infos.json", "state.json")
+
+
 def _directory_files(path: Path, spec: SourceSpec, usual: Sequence[str]) -> list[Path]:
-    """Return the files of one split of a directory, as `datasets` finds them: by their names or a dataset card."""
-    splits = _builder(spec, str(path), revision=None).config.data_files or {}
-    split = _choose_split([str(name) for name in splits], spec, usual)
-    files = sorted(Path(file) for file in splits[split])
-    if unread := [file.name for file in files if _kind(file) is None]:
-        raise DataError(f"{spec.path}: {unread[0]} is of no kind that can be read", f"files may be {_READABLE}")
-    return files
+    """Return the data files of one split of a directory: by its dataset card, or by the files' names."""
+    card = path / "README.md"
+    if card.is_file() and re.match(r"---\s.*?^configs:", card.read_text(errors="replace"), re.DOTALL | re.MULTILINE):
+        splits = _builder(spec, str(path), revision=None).config.data_files or {}
+        split = _choose_split([str(name) for name in splits], spec, usual)
+        files = sorted(Path(file) for file in splits[split])
+        if unread := [file for file in files if _kind(file) is None]:
+            raise DataError(f"{unread[0]} is of no kind that can be read", f"files may be {_READABLE}")
+        return files
+    if spec.name is not None:
+        raise DataError(f"{spec.path} has no dataset card with the configuration {spec.name!r}", "leave `name` out")
+    files = sorted(file for file in path.rglob("*") if _is_data_file(file, path))
+    if not files:
+        raise DataError(f"{spec.path} holds no data file", f"files may be {_READABLE}")
+    by_split: dict[str | None, list[Path]] = {}
+    for file in files:
+        by_split.setdefault(_split_in_name(file, path), []).append(file)
+    unnamed = by_split.pop(None, [])
+    if unnamed and by_split:
+        raise DataError(
+            f"{spec.path} holds files named after a split and others, such as {unnamed[0].relative_to(path)}",
+            f"name the files that you mean, for instance {path / '*.jsonl'}",
+        )
+    named = {split: files for split, files in by_split.items() if split} or {"train": unnamed}
+    return named[_choose_split(list(named), spec, usual)]
+
+
+def _is_data_file(file: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+    return file.is_file() and not hidden and file.name not in _NO_DATA and _kind(file) is not None
+
+
+def _split_in_name(file: Path, root: Path) -> str | None:
+    """Return the split that a file's name tells (`train.jsonl`, `test-00000-of-00002.parquet`), or its folder's."""
+    if match := _SPLIT_FILE.fullmatch(file.name.split(".")[0]):
+        return match[1] or match[2]
+    return next((part for part in file.relative_to(root).parts[:-1] if part in _SPLIT_NAMES), None)
 
 
 def _kind(path: Path) -> str | None:
@@ -687,7 +722,7 @@ def _library_error(spec: SourceSpec, error: Exception) -> DataError:
             "its rows may exist as Parquet: set `revision: refs/convert/parquet`",
         )
     if path.is_dir():
-        return DataError(f"{spec.path} holds no data that can be read: {text}", f"files may be {_READABLE}")
+        return DataError(f"{spec.path}: its dataset card cannot be followed: {text}")
     return DataError(
         f"{spec.path} cannot be read: {text}",
         "if its rows are of different shapes, download the files and give their directory as the path",

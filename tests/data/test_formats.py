@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from orpo_cli.data.formats import (
     FORMATS,
@@ -334,6 +336,41 @@ def test_most_rows_decide():
     ]
     assert recognise([*odd, good, good]).name == "prompt"
     assert recognise([{"prompt": None, "chosen": 3, "rejected": 4}, *[{}] * 9, good]).name == "prompt"
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["", "Q", "\n\nHuman: Q\n\nAssistant: A"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "type", "text"]), inner, max_size=2)
+        | st.builds(lambda role, text: {"role": role, "content": text}, st.sampled_from(["user", "assistant"]), inner)
+    ),
+    max_leaves=6,
+)
+NAMES = ["prompt", "chosen", "rejected", "system", "instruction", "input", "conversations", "question"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.dictionaries(st.sampled_from(NAMES), VALUES), min_size=1, max_size=4))
+def test_any_row_is_a_pair_or_dropped_for_a_reason(rows):
+    try:
+        fmt = recognise(rows)
+    except DataError:
+        return
+    for row in rows:
+        try:
+            pair = read_pair(row, fmt)
+        except Drop as drop:
+            assert drop.reason in ("malformed", "diverged", "empty", "identical")
+        else:
+            assert pair.chosen.strip()
+            assert pair.rejected.strip()
+            assert pair.chosen != pair.rejected
+            assert pair.prompt
 
 
 def test_a_short_prompt_that_some_answers_begin_with_is_no_repeated_prompt():

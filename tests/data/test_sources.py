@@ -229,9 +229,28 @@ def test_directory_with_splits(tmp_path):
     put(tmp_path / "test.jsonl", lines(ROWS[3:]))
     assert list(opened(str(tmp_path)).rows()) == ROWS[:3]
     assert list(opened({"path": str(tmp_path), "split": "test"}).rows()) == ROWS[3:]
-    assert error_of({"path": str(tmp_path), "split": "dev"}).hint == "its splits are train, test"
+    assert error_of({"path": str(tmp_path), "split": "dev"}).hint == "its splits are test, train"
     spec = SourceSpec(path=str(tmp_path))
     assert list(open_source([spec], usual=("test", "validation")).rows()) == ROWS[3:]
+
+
+def test_directory_as_the_hub_lays_it_out(tmp_path):
+    for i, row in enumerate(ROWS):
+        put(tmp_path / "data" / f"train_prefs-0000{i}-of-00007.jsonl", lines([row]))
+    put(tmp_path / "data" / "test_prefs-00000-of-00001.jsonl", lines(ROWS))
+    put(tmp_path / "dataset_infos.json", b"{}")
+    put(tmp_path / ".cache" / "x.jsonl", b"x")
+    assert error_of(str(tmp_path)).hint == "set `split`; its splits are test_prefs, train_prefs"
+    assert list(opened({"path": str(tmp_path), "split": "train_prefs"}).rows()) == ROWS
+
+
+def test_no_file_of_a_directory_is_left_out_unsaid(tmp_path):
+    put(tmp_path / "a.csv", b"prompt\nA\n")
+    put(tmp_path / "sub" / "my_test.jsonl", b'{"prompt": "B"}')
+    assert all_rows(str(tmp_path)) == [{"prompt": "A"}, {"prompt": "B"}]
+    put(tmp_path / "test.jsonl", b'{"prompt": "C"}')
+    assert "others, such as a.csv" in error_of(str(tmp_path)).message
+    assert "no dataset card" in error_of({"path": str(tmp_path), "name": "x"}).message
 
 
 def test_directory_with_a_dataset_card(tmp_path):
@@ -331,7 +350,7 @@ def test_wrong_kind_of_file(tmp_path):
     assert ".jsonl" in (error.hint or "")
     assert "of no kind" in error_of(put(tmp_path / "a.txt.gz", b"x")).message
     (tmp_path / "empty").mkdir()
-    assert "holds no data that can be read" in error_of(str(tmp_path / "empty")).message
+    assert "holds no data file" in error_of(str(tmp_path / "empty")).message
 
 
 def test_a_file_has_no_splits(tmp_path):
