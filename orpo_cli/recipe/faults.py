@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from orpo_cli.recipe import checks, foreign, strict_yaml
 from orpo_cli.recipe.checks import Fault
-from orpo_cli.recipe.schema import Recipe
+from orpo_cli.recipe.schema import InWords, Recipe
 
 KeyPath = tuple[str | int, ...]
 
@@ -93,6 +93,10 @@ def _unknown_key(path: KeyPath) -> Fault:
     key = dotted(path)
     section, siblings = path[:-1], _keys(annotation_at(path[:-1]))
     meant, note = _meant_key(path, siblings)
+    if meant == key:  # a key of the other branch of data.eval
+        return Fault(
+            key, "does not go with the keys beside it", f"{dotted(section)} is {_either(_choices_at(section))}"
+        )
     if meant:
         return Fault(key, "unknown key", f"did you mean {meant}?" + (f" ({note})" if note else ""), (meant,))
     if note:
@@ -207,8 +211,8 @@ def _choices(annotation: Any) -> list[str]:
 
 def _words(kind: Any, constraints: list[Any]) -> list[str]:
     for constraint in constraints:
-        if isinstance(constraint, FieldInfo) and constraint.description:
-            return [constraint.description]
+        if isinstance(constraint, InWords):
+            return [constraint.text]
     limits = " and ".join(
         f"{sign} {getattr(constraint, name)}"
         for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
@@ -221,7 +225,8 @@ def _words(kind: Any, constraints: list[Any]) -> list[str]:
     if origin is list:
         return [f"a list of {_either(_choices(get_args(kind)[0]))}"]
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return [f"a mapping of {', '.join(_keys(kind)[:3])}, ..."]
+        keys = _keys(kind)
+        return [f"a mapping of {', '.join(keys[:3])}" + (", ..." if len(keys) > 3 else "")]
     plain: dict[Any, list[str]] = {
         bool: ["true", "false"],
         int: [f"a whole number {limits}".rstrip()],
@@ -234,14 +239,15 @@ def _words(kind: Any, constraints: list[Any]) -> list[str]:
 
 def _keys(annotation: Any) -> list[str]:
     """The keys that a mapping of this type may have, as a recipe writes them."""
+    keys: list[str] = []
     for kind, _ in _branches(annotation):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return [field.alias or name for name, field in kind.model_fields.items()]
-        if get_origin(kind) is dict and get_origin(get_args(kind)[0]) is Literal:
-            return list(get_args(get_args(kind)[0]))
-        if get_origin(kind) is list:
-            return _keys(get_args(kind)[0])
-    return []
+            keys += [field.alias or name for name, field in kind.model_fields.items()]
+        elif get_origin(kind) is dict and get_origin(get_args(kind)[0]) is Literal:
+            keys += get_args(get_args(kind)[0])
+        elif get_origin(kind) is list:
+            keys += _keys(get_args(kind)[0])
+    return keys
 
 
 def _child(annotation: Any, part: str | int) -> Any:

@@ -7,6 +7,7 @@ generated from it. What a key may hold stands in its type; what keys may not say
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -58,12 +59,19 @@ def _is_template_file(path: str, info: ValidationInfo) -> str:
     return path
 
 
+@dataclass(frozen=True)
+class InWords:
+    """What a type allows, for messages, where its structure does not say it well."""
+
+    text: str
+
+
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Regex = Annotated[Text, AfterValidator(_is_regex)]
-JinjaFile = Annotated[str, AfterValidator(_is_template_file), Field(description="an existing file.jinja")]
+JinjaFile = Annotated[str, AfterValidator(_is_template_file), InWords("an existing file.jinja")]
 Scalar = str | int | float | bool
 Number = int | float
 
@@ -71,7 +79,7 @@ Number = int | float
 class ModelSection(Section):
     """The base model, how it is loaded, and the template that turns dialogues into its text."""
 
-    name_or_path: Text
+    name_or_path: Annotated[Text, InWords("a hub id or directory")]
     """The base model: a hub id or a directory. Required."""
     revision: Text = "main"
     """Branch, tag or commit of the hub repository; the commit found goes into `manifest.json`."""
@@ -228,7 +236,7 @@ class SourceSpec(Section):
     name: Text | None = None
     """The configuration (subset) of a hub data set."""
     split: Text | None = None
-    """The split; null: the only one, else `train` (for `data.eval`: `test`, else `validation`)."""
+    """The split; null: `train` (for `data.eval`: `test`, else `validation`), or the only one there is."""
     revision: Text | None = None
     """Branch, tag or commit of a hub data set; null: its default branch."""
     weight: Positive | None = None
@@ -257,13 +265,14 @@ def _as_sources(value: Any) -> Any:
 
 
 def _eval_kind(value: Any) -> str:
-    is_holdout = isinstance(value, Holdout) or (isinstance(value, dict) and "path" not in value)
-    return "<holdout>" if is_holdout else "<sources>"
+    is_mapping = isinstance(value, dict) and value.keys().isdisjoint(SourceSpec.model_fields)
+    return "<holdout>" if is_mapping or isinstance(value, Holdout) else "<sources>"
 
 
 Sources = Annotated[
     list[SourceSpec],
-    Field(min_length=1, description="a hub id, file, glob or directory, or a list of {path, split, ...}"),
+    Field(min_length=1),
+    InWords("a hub id, file, glob or directory, or a list of {path, split, ...}"),
     BeforeValidator(_as_sources, json_schema_input_type=Text | SourceSpec | list[Text | SourceSpec]),
 ]
 EvalData = Annotated[

@@ -48,6 +48,8 @@ WRONG: list[tuple[str, int, str, list[str]]] = [
     ("  columns: {promt: q}", 4, "data.columns.promt", ["did you mean data.columns.prompt?"]),
     ("  eval: {hold_out: 0.1}", 4, "data.eval.hold_out", ["did you mean data.eval.holdout?"]),
     ("  eval: [{path: y, splits: test}]", 4, "data.eval.0.splits", ["did you mean data.eval.0.split?"]),
+    ("  eval: {path: y, holdout: 0.1}", 4, "data.eval.holdout", ["does not go with", "a mapping of holdout"]),
+    ("  eval: {split: test}", 4, "data.eval.path", ["required"]),
     ("  filter:\n    - {column: a, equals: 1}", 5, "data.filter.0.equals", ["column, eq, ne, gt"]),
     # other tools' keys
     (
@@ -220,7 +222,10 @@ def test_a_fault_breeds_no_others(tmp_path: Path) -> None:
         ("\n\nhello", "recipe.yaml:3: a recipe is a mapping of sections, not a single value"),
         ("model: {\n", "recipe.yaml:2: not valid YAML"),
         ("model: !!python/object:os.x {}\n", "recipe.yaml:1: the tag !!python/object:os.x is not used in recipes"),
-        ("data: {train: x}\n", "recipe.yaml:1: model.name_or_path: required"),
+        (
+            "data: {train: x}\n",
+            "recipe.yaml:1: model.name_or_path: required, and missing (allowed: a hub id or directory",
+        ),
         ("model: {name_or_path: x}\n", "data.train: required, and missing (allowed: a hub id, file, glob or directory"),
         ("model:\ndata:\n", "recipe.yaml:1: model.name_or_path: required"),
     ],

@@ -125,6 +125,7 @@ def test_every_key_has_a_description() -> None:
     bare = [f"{name}.{key}" for name, d in definitions.items() for key, p in d.get("properties", {}).items()
             if not p.get("description")]  # fmt: skip
     assert bare == []
+    assert definitions["DataSection"]["properties"]["train"]["description"].startswith("Training pairs:")
     assert all(definitions[name]["description"] for name in ("ModelSection", "DataSection", "FilterSpec"))
 
 
@@ -161,6 +162,13 @@ def test_a_filter_names_its_operator_and_value() -> None:
 def test_a_recipe_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
         smallest().train.seed = 3  # type: ignore[misc]
+
+
+def test_a_recipe_made_in_code_is_checked_alike() -> None:
+    with pytest.raises(ValidationError, match=r"output.trackers: not yet"):
+        smallest(output={"trackers": ["wandb"]})
+    with pytest.raises(ValidationError, match=r"a full fine-tune"):
+        smallest(lora=None, model={"name_or_path": "a/B", "load_in_4bit": True})
 
 
 @pytest.mark.parametrize(
