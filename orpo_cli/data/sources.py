@@ -268,14 +268,14 @@ def _nearest(path: Path) -> str:
 
 
 def _file_part(source: int, path: Path, streamed: bool) -> Part:
-    with path.open("rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs.github.com/spec"):
-            raise DataError(f"{path} is a Git LFS pointer, not the data", "fetch the data with `git lfs pull`")
-    fingerprint = _file_digest(path)
-    if _kind(path) == "parquet":
-        return _parquet_part(source, path, fingerprint, streamed)
     blank_lines: list[int] = []
     with _damage_explained(path, lambda: 0):
+        with path.open("rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs.github.com/spec"):
+                raise DataError(f"{path} is a Git LFS pointer, not the data", "fetch the data with `git lfs pull`")
+        fingerprint = _file_digest(path)
+        if _kind(path) == "parquet":
+            return _parquet_part(source, path, fingerprint, streamed)
         items, parse = _reader(path, blank_lines)
 
     def read(start: int) -> Iterator[Row]:
