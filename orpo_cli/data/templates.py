@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
+from tokenizers import AddedToken
 
 from orpo_cli.data.formats import Drop, Message
 from orpo_cli.errors import ModelError
@@ -163,8 +164,6 @@ def fit_tokenizer(tokenizer: Any, template: ChatTemplate) -> list[str]:
     Returns the tokens that were added to the vocabulary. A pad token never grows it: an existing pad-like one,
     else unk, else EOS (targets are found by position, so a pad that equals EOS hides no EOS from the loss).
     """
-    from tokenizers import AddedToken
-
     backend = tokenizer.backend_tokenizer
     missing = [token for token in template.control_tokens if token not in tokenizer.added_tokens_encoder]
     added = [token for token in missing if backend.token_to_id(token) is None]
