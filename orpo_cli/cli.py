@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -159,4 +160,4 @@ def _threshold(text: str) -> tuple[str, float]:
 
 
 def _overrides(set_: list[str] | None, output_dir: Path | None) -> list[str]:
-    return [*(set_ or []), *([f"output.dir={output_dir}"] if output_dir is not None else [])]
+    return [*(set_ or []), *([f"output.dir={json.dumps(str(output_dir))}"] if output_dir is not None else [])]

@@ -105,7 +105,7 @@ def open_run(path: Path) -> tuple[RunDirectory, Recipe]:
     run = RunDirectory(path)
     if not run.recipe.is_file():
         raise InputError(f"{path} holds no run: it has no recipe.yaml", "name the directory given by output.dir")
-    return run, load_recipe(run.recipe)
+    return run, load_recipe(run.recipe, files_must_exist=False)
 
 
 # What may change between a run and its resumption: it leaves the result as it is, or is meant to prolong the run.
@@ -118,7 +118,8 @@ _FREE_KEYS = {
 
 def check_unchanged(run: RunDirectory, recipe: Recipe, fingerprint: str) -> None:
     """Raise InputError when a run to be resumed was made by another recipe or from other data."""
-    before, now = load_recipe(run.recipe).model_dump(mode="json"), recipe.model_dump(mode="json")
+    before = load_recipe(run.recipe, files_must_exist=False).model_dump(mode="json")
+    now = recipe.model_dump(mode="json")
     changed = []
     for section in now:
         old, new = before[section], now[section]
@@ -197,7 +198,7 @@ def _recipe_around(path: Path) -> Recipe | None:
     """The recipe of the run in which a model or adapter lies, if it lies in one."""
     for parent in list(path.resolve().parents)[:2]:
         if (parent / "recipe.yaml").is_file() and (parent / "manifest.json").is_file():
-            return load_recipe(parent / "recipe.yaml")
+            return load_recipe(parent / "recipe.yaml", files_must_exist=False)
     return None
 
 

@@ -56,12 +56,17 @@ class Source:
     """Rows of it that are read; None: all."""
 
 
-def open_sources(specs: Sequence[SourceSpec], section: DataSection) -> list[Source]:
-    """Open every source and recognise its format from its first rows. Raises DataError."""
+def open_sources(
+    specs: Sequence[SourceSpec], section: DataSection, usual_splits: tuple[str, ...] = ("train",)
+) -> list[Source]:
+    """Open every source and recognise its format from its first rows. Raises DataError.
+
+    `usual_splits` are those to take, the first that is there, of a source that has several and names none.
+    """
     sources = []
     for spec in specs:
-        rows = open_source([spec], section.streaming)
-        columns: dict[str, str] = {**section.columns, **spec.columns}
+        rows = open_source([spec], section.streaming, usual_splits)
+        columns = {str(ours): theirs for ours, theirs in [*section.columns.items(), *spec.columns.items()]}
         [first] = rows.heads(_PEEK_ROWS)
         if not first:
             raise DataError(f"{spec.path} has no readable row", "see data.train and data.eval")
@@ -268,7 +273,7 @@ def load_pairs(section: DataSection, tokenise: PairTokenizer, train: TrainSectio
 
 def load_eval_pairs(section: DataSection, specs: Sequence[SourceSpec], tokenise: PairTokenizer) -> PairSet:
     """A held-out set of its own, kept in memory."""
-    reader = PairReader(open_sources(specs, section), section, tokenise)
+    reader = PairReader(open_sources(specs, section, ("test", "validation")), section, tokenise)
     pairs, _ = survey(reader, section, None, keep=True)
     return pairs
 

@@ -5,7 +5,9 @@ Only safetensors are read, and a repository's own code runs only under `model.tr
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,6 +29,12 @@ from transformers import (
 
 from orpo_cli.errors import ModelError
 from orpo_cli.recipe.schema import ModelSection
+
+# The libraries' own progress bars and advice would drown what the run says itself.
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|bitsandbytes")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

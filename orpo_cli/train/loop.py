@@ -67,7 +67,6 @@ class Run:
     scaler: torch.amp.GradScaler
     train_set: PairSet
     total_steps: int
-    peak_learning_rate: float
     max_tokens: int
     progress: Progress
     held_out: list[TokenizedPair]
@@ -106,7 +105,7 @@ def train_steps(run: Run) -> None:
             started = time.perf_counter()
             pairs, position = next(steps)
             seed_everything(section.seed, step, processes.rank)
-            rate = learning_rate(step, run.total_steps, section, peak=run.peak_learning_rate)
+            rate = learning_rate(step, run.total_steps, section, peak=recipe.peak_learning_rate)
             nll_total = _nll_total(pairs, recipe)
             sums = torch.zeros(len(METRICS), device=device)
             tokens = torch.zeros(1, device=device)

@@ -113,13 +113,6 @@ def _master(parameter: nn.Parameter) -> nn.Parameter:
     return master
 
 
-def peak_learning_rate(section: TrainSection, *, lora: bool) -> float:
-    """The recipe's learning rate; `auto` is 8e-6 for a full fine-tune (the paper's), ten times that for LoRA."""
-    if section.learning_rate != "auto":
-        return section.learning_rate
-    return 8e-5 if lora else 8e-6
-
-
 def warmup_steps(section: TrainSection, total_steps: int) -> int:
     """Steps over which the learning rate rises; `warmup_steps` wins over `warmup_ratio`, which is rounded up."""
     if section.lr_scheduler_type == "constant":

@@ -43,7 +43,7 @@ from orpo_cli.run import RunDirectory, check_unchanged, read_manifest
 from orpo_cli.train.checkpoint import load_checkpoint, newest_sound, save_checkpoint
 from orpo_cli.train.distributed import Processes, seed_everything
 from orpo_cli.train.loop import Progress, Run, score_together, train_steps
-from orpo_cli.train.optimizer import Optimizer, peak_learning_rate
+from orpo_cli.train.optimizer import Optimizer
 
 # Pairs on which the weights merged from a quantised run are compared with what was trained.
 MEASURED_PAIRS = 64
@@ -103,7 +103,6 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
         train_set=train_set,
         held_out=held_out.in_source_order() if held_out else [],
         total_steps=train_set.total_steps(recipe.train),
-        peak_learning_rate=peak_learning_rate(recipe.train, lora=recipe.lora is not None),
         max_tokens=max_tokens(recipe, processes.device),
         progress=progress,
         metrics=MetricsFile(run.metrics, progress.metrics_length) if processes.is_main else None,
@@ -151,13 +150,16 @@ def describe_data(train_set: PairSet, held_out: PairSet | None, text: TextSide, 
 
 def pair_pieces(pair: TokenizedPair, text: TextSide, nll_tokens: str) -> dict[str, list[tuple[str, bool, bool]]]:
     """Each side's tokens as (text, in the NLL, in the odds ratio)."""
+
+    def pieces(ids: list[int]) -> list[str]:
+        # What a token adds to the one before it: decoded alone, many a token would lose its leading blank.
+        decode = text.tokenizer.decode
+        return [decode(ids[max(0, i - 1) : i + 1]).removeprefix(decode(ids[i - 1 : i])) for i in range(len(ids))]
+
     in_nll = set(nll_positions(pair, nll_tokens).tolist())
     sides = {"chosen": (pair.chosen_ids, pair.chosen_start), "rejected": (pair.rejected_ids, pair.rejected_start)}
     return {
-        side: [
-            (text.tokenizer.decode([token]), side == "chosen" and i in in_nll, i >= start)
-            for i, token in enumerate(ids.tolist())
-        ]
+        side: [(piece, side == "chosen" and i in in_nll, i >= start) for i, piece in enumerate(pieces(ids.tolist()))]
         for side, (ids, start) in sides.items()
     }
 
@@ -179,7 +181,7 @@ def describe_run(run: Run, built: Built) -> None:
         say(f"  prompts are not shared between a pair's answers: {built.why_not_shared}")
     say(
         f"training: {run.total_steps:,} steps of {section.batch_size} pairs, peak learning rate "
-        f"{run.peak_learning_rate:.3g} ({section.lr_scheduler_type}), beta {recipe.loss.beta}, "
+        f"{recipe.peak_learning_rate:.3g} ({section.lr_scheduler_type}), beta {recipe.loss.beta}, "
         f"NLL over {recipe.loss.nll_tokens} tokens, mean by {recipe.loss.nll_reduction}"
     )
     if run.progress.step:
@@ -219,7 +221,7 @@ def manifest(
         },
         "shared_prefix": built.why_not_shared is None,
         "max_tokens_per_microbatch": max_tokens(recipe, device),
-        "learning_rate": peak_learning_rate(recipe.train, lora=recipe.lora is not None),
+        "learning_rate": recipe.peak_learning_rate,
         "data": {"train": train_set.summary(), "eval": held_out.summary() if held_out else None},
     }
 
