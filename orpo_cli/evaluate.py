@@ -198,7 +198,7 @@ def evaluate_target(
     """
     subject = find_subject(target, load_recipe(recipe_file) if recipe_file else None, data)
     recipe, device = subject.recipe, PartialState().device
-    text = load_text_side(recipe.model, subject.tokenizer)
+    text = load_text_side(recipe, subject.tokenizer)
     pairs = load_held_out(recipe.data, pair_tokenizer(recipe, text), recipe.train)
     built = build_for_scoring(recipe.model, text, device, adapter=subject.adapter)
     listed = pairs.in_source_order()

@@ -18,11 +18,7 @@ def prompt_ids(text: TextSide, prompt: str) -> list[int]:
     if text.template.source is None:
         return text.tokenizer(prompt).input_ids
     rendered = render(text.tokenizer, text.template, [Message("user", prompt)], add_generation_prompt=True)
-    ids = text.tokenizer(rendered, add_special_tokens=False).input_ids
-    bos = text.tokenizer.bos_token_id
-    if text.tokenizer("a").input_ids[:1] == [bos] and ids[:1] != [bos]:
-        ids = [bos, *ids]
-    return ids
+    return text.tokenizer(rendered, add_special_tokens=False).input_ids
 
 
 def answers(

@@ -103,11 +103,12 @@ def merge_target(target: str, *, output: Path | None, base: str | None, dtype: s
         raise InputError(f"{target} has no adapter to merge", "a full fine-tune is whole in RUN/merged already")
     changes = {"dtype": dtype} | ({"name_or_path": base, "revision": "main"} if base else {})
     section = subject.recipe.model.model_copy(update=changes)
+    recipe = subject.recipe.model_copy(update={"model": section})
     path = Path(target)
     directory = output or (path / "merged" if (path / "recipe.yaml").exists() else path.with_name("merged"))
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} is not empty", "name another --output")
-    text = load_text_side(section, subject.tokenizer)
+    text = load_text_side(recipe, subject.tokenizer)
     built = build_for_scoring(section, text, torch.device("cpu"), adapter=subject.adapter, quantise=False)
     assert isinstance(built.model, PeftModel)
     merged = merge_into_base(built.model)

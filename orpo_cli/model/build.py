@@ -60,14 +60,16 @@ class Built:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
 
-def load_text_side(section: ModelSection, saved_with: Path | None = None) -> TextSide:
+def load_text_side(recipe: Recipe, saved_with: Path | None = None) -> TextSide:
     """The base's tokenizer, or the one in the directory `saved_with`, taught the recipe's template."""
+    section = recipe.model
     source = section if saved_with is None else section.model_copy(update={"name_or_path": str(saved_with)})
     tokenizer = load_tokenizer(source)
     template = resolve_template(
         section.chat_template,
         tokenizer,
         eos_token=section.eos_token,
+        add_bos=recipe.data.add_bos,
         kwargs=dict(section.chat_template_kwargs),
     )
     return TextSide(tokenizer, template, fit_tokenizer(tokenizer, template))

@@ -73,7 +73,7 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
     processes.wait()
     make_deterministic(processes.device)
 
-    text = load_text_side(recipe.model)
+    text = load_text_side(recipe)
     check_max_length(recipe.model, recipe.data.max_length)
     train_set, held_out = load_pairs(recipe.data, pair_tokenizer(recipe, text), recipe.train)
     if processes.is_main:
