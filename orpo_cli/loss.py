@@ -37,7 +37,10 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def log_odds(logps: Tensor) -> Tensor:
-    """log(P / (1 - P)) of length-averaged log-probs (P,), float32 or float64 (eq. 4)."""
+    """log(P / (1 - P)) of length-averaged log-probs (P,), float32 or float64 (eq. 4).
+
+    Only log(1 - P) is clamped: where P rounds to 1 the gradient is 1, so that such a rejected answer still falls.
+    """
     return logps - log1mexp(logps)
 
 
