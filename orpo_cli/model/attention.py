@@ -62,21 +62,18 @@ def shared_prefix_attention(
             enable_gqa=q.shape[1] != k.shape[1],
         )
 
+    # Split rather than sliced: the gradient of a slice is a zero-filled tensor of the whole row's size.
+    sizes = [size for s in segments for size in (s.shared + s.chosen, s.rejected)]
+    queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
     outputs = []
-    for segment in segments:
-        branch = segment.start + segment.shared
-        turn = branch + segment.chosen
-        both, chosen, rejected = (
-            slice(segment.start, branch),
-            slice(segment.start, turn),
-            slice(turn, segment.stop),
-        )
-        outputs.append(attend(query[:, :, chosen], key[:, :, chosen], value[:, :, chosen]))
+    for i, segment in enumerate(segments):
+        chosen, rejected = 2 * i, 2 * i + 1
+        outputs.append(attend(queries[chosen], keys[chosen], values[chosen]))
         outputs.append(
             attend(
-                query[:, :, rejected],
-                torch.cat([key[:, :, both], key[:, :, rejected]], dim=2),
-                torch.cat([value[:, :, both], value[:, :, rejected]], dim=2),
+                queries[rejected],
+                torch.cat([keys[chosen][:, :, : segment.shared], keys[rejected]], dim=2),
+                torch.cat([values[chosen][:, :, : segment.shared], values[rejected]], dim=2),
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2), None

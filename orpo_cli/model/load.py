@@ -5,7 +5,6 @@ Only safetensors are read, and a repository's own code runs only under `model.tr
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
 from torch import nn
@@ -33,7 +33,7 @@ from orpo_cli.recipe.schema import ModelSection
 # The libraries' own progress bars and advice would drown what the run says itself.
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+huggingface_hub.utils.enable_progress_bars()  # but a download of many gigabytes shows its progress
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|bitsandbytes")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

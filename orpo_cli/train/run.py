@@ -168,7 +168,7 @@ def describe_run(run: Run, built: Built) -> None:
     """Say what is trained, how, and in how many steps."""
     recipe, section = run.recipe, run.recipe.train
     trained = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in built.base.parameters())
+    total = built.base.num_parameters()  # a 4-bit weight counts as what it stands for
     how = "full fine-tune" if recipe.lora is None else "LoRA"
     bits = "4-bit" if recipe.model.load_in_4bit else "8-bit" if recipe.model.load_in_8bit else str(built.base.dtype)[6:]
     say(
