@@ -24,6 +24,7 @@ from orpo_cli.errors import InputError
 from orpo_cli.files import to_json, write_directory
 
 MANIFEST = "MANIFEST.json"
+WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 _NAME = re.compile(r"step-(\d{6,})$")
 
 
@@ -40,7 +41,8 @@ def save_checkpoint(
     """Write checkpoints/step-NNNNNN, then delete all but the newest `keep` once the new one verifies.
 
     `write_weights` puts adapter or model safetensors into a directory. `protect` is the step of a checkpoint that is
-    never deleted (the best so far) and not counted. Returns the checkpoint's directory.
+    never deleted (the best so far) and not counted. Those of later steps are of a course that was given up when the
+    run went on from an earlier one: they go as well. Returns the checkpoint's directory.
     """
     target = directory / f"step-{step:06d}"
 
@@ -54,9 +56,10 @@ def save_checkpoint(
 
     write_directory(target, fill)
     if fault(target) is None:
-        others = [c for c in checkpoints(directory) if step_of(c) not in (step, protect)]
-        for old in others[: max(0, len(others) - (keep - 1))]:
-            shutil.rmtree(old)
+        older = [c for c in checkpoints(directory) if step_of(c) < step and step_of(c) != protect]
+        later = [c for c in checkpoints(directory) if step_of(c) > step]
+        for surplus in later + older[: max(0, len(older) - (keep - 1))]:
+            shutil.rmtree(surplus)
     return target
 
 
@@ -64,7 +67,7 @@ def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tenso
     """Weights, optimizer tensors and state of a checkpoint. Raises InputError if any byte of it has changed."""
     if (why := fault(directory)) is not None:
         raise InputError(f"the checkpoint {directory} is damaged: {why}", "name another one, or drop --resume-from")
-    [weights] = [f for f in directory.glob("*.safetensors") if f.name != "optimizer.safetensors"]
+    weights = next(directory / name for name in WEIGHTS if (directory / name).exists())
     state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
     return load_file(weights), load_file(directory / "optimizer.safetensors"), state
 
@@ -97,7 +100,7 @@ def fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, every file of it compared with the manifest; None if it is sound."""
     try:
         entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-        if not {"optimizer.safetensors", "state.json"} < set(entries):
+        if not {"optimizer.safetensors", "state.json"} < set(entries) or set(entries).isdisjoint(WEIGHTS):
             return f"{MANIFEST} is incomplete"
         for name, entry in entries.items():
             path = checkpoint / name
