@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-import click
 import typer
 
 from orpo_cli import __version__
@@ -18,7 +18,6 @@ from orpo_cli.errors import InputError, OrpoError, RunError
 app = typer.Typer(
     name="orpo",
     help="Preference-align a language model in one stage: one YAML recipe, one command, ORPO (arXiv 2403.07691).",
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,12 +33,16 @@ OutputDir = Annotated[Path | None, typer.Option("--output-dir", metavar="DIR", h
 
 @app.callback(invoke_without_command=True)
 def options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Options of the command itself."""
     if version:
         typer.echo(f"orpo {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(InputError.exit_code)
 
 
 @app.command()
@@ -86,6 +89,8 @@ def evaluate(
     from orpo_cli.files import to_json
 
     thresholds = [_threshold(text) for text in fail_under or []]
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise InputError(f"--output {output}: no file can be written there", "name a file in a directory that exists")
     from orpo_cli.evaluate import evaluate_target
 
     figures = evaluate_target(target, data=data, recipe_file=recipe, output=output)
@@ -104,7 +109,9 @@ def merge(
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The base, if not the one the adapter names.")
     ] = None,
-    dtype: Annotated[str, typer.Option(metavar="T", help="auto, bfloat16, float16 or float32.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="Of the weights that are written.")
+    ] = "auto",
 ) -> None:
     """Merge adapters into full weights that stock transformers loads."""
     from orpo_cli.merge import merge_target
@@ -130,17 +137,29 @@ def main() -> None:
     sys.exit(_exit_code())
 
 
+# What the machine refuses, not the program: full or read-only disks, missing rights.
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 def _exit_code() -> int:
     try:
         return app(standalone_mode=False) or 0
     except OrpoError as error:
         _print_error(error.message, error.hint)
         return error.exit_code
-    except click.ClickException as error:
-        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "orpo"
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "orpo"
         _print_error(error.format_message(), f"{command} --help says what it takes")
-        return 2
-    except (KeyboardInterrupt, click.Abort):
+        return InputError.exit_code
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        _print_error(
+            f"{error.filename or 'writing'}: {error.strerror}", "a run goes on with --resume once it is mended"
+        )
+        return RunError.exit_code
+    except (KeyboardInterrupt, typer.Abort):
         _print_error("interrupted", None)
         return 128 + signal.SIGINT
 

@@ -1,10 +1,10 @@
 """`orpo demo`: the whole way on a tiny base model and preference pairs that are made on the spot, with no network.
 
 The demo's world has four rankings: animals by size, months, letters, numbers. The base model reads true statements
-about them, and dialogues whose answers are right and wrong equally often. So it knows what is true and has no
-preference for saying it: a right and a wrong answer are about as likely. A few hundred pairs then teach it to prefer
-the right one, judged on couples of things that no training pair compares. A question names two things and has exactly
-one right answer, so that `check_answer` can judge whatever the model says.
+about them, and dialogues whose answers are right about as often as wrong. So it knows what is true and has no
+preference for saying it. A few hundred pairs then teach it to prefer the right answer, judged on couples of things
+that no training pair compares. A question names two things and has exactly one right answer, so that `check_answer`
+can judge whatever the model says.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ PAIRS = 400
 # What the base reads: enough to know the rankings and to copy a name out of a question, in some 40 s on two cores.
 DOCUMENTS = 65_000
 DIALOGUE_SHARE = 0.6
-RIGHT_SHARE = 0.4
+# Of the dialogues' answers. Below a half, since what the statements teach leaks into the dialogues.
+RIGHT_SHARE = 0.45
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 
@@ -140,7 +141,7 @@ def make_pairs(path: Path, count: int, seed: int) -> None:
 
 
 def documents(count: int, seed: int) -> Iterator[str]:
-    """What the base reads: true statements, and dialogues that answer wrongly as often as rightly."""
+    """What the base reads: true statements, and dialogues that answer rightly about as often as not."""
     rng = random.Random(seed)
     for _ in range(count):
         if rng.random() < DIALOGUE_SHARE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -20,15 +21,13 @@ def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
     for path in sorted(unfinished.rglob("*")):
         sync(path)
     sync(unfinished)
+    replaced = target.with_name(f".{target.name}.replaced")
     if target.exists():  # a directory cannot be renamed onto one that is not empty
-        replaced = target.with_name(f".{target.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
-        unfinished.rename(target)
-        shutil.rmtree(replaced)
-    else:
-        unfinished.rename(target)
+    unfinished.rename(target)
     sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_file(target: Path, text: str) -> None:
@@ -42,12 +41,21 @@ def write_file(target: Path, text: str) -> None:
 
 def to_json(value: Any) -> str:
     """JSON with sorted keys, the same text for the same value."""
-    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return json.dumps(_finite(value), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def to_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """One object a line."""
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    """One object a line, its keys in their own order."""
+    return "".join(json.dumps(_finite(row)) + "\n" for row in rows)
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for the numbers that JSON does not have: NaN and the infinities."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sync(path: Path) -> None:

@@ -160,6 +160,8 @@ def find_subject(target: str, recipe: Recipe | None, data: str | None) -> Subjec
 
     Raises InputError where it names nothing, or nothing says which pairs to use.
     """
+    if not target or data == "":
+        raise InputError("a model or a source of data was given as an empty text", "leave it out, or name one")
     path = Path(target)
     if (path / "recipe.yaml").is_file():
         run, own = open_run(path)
@@ -172,8 +174,7 @@ def find_subject(target: str, recipe: Recipe | None, data: str | None) -> Subjec
         )
     elif (path / "adapter_config.json").is_file():
         recipe = recipe or _recipe_around(path)
-        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        name, revision = base.get("base_model_name_or_path"), base.get("revision") or "main"
+        name, revision = _base_of_adapter(path)
         tokenizer = path if (path / "tokenizer_config.json").is_file() else None
         recipe = recipe or minimal_recipe(name, data)
         model = recipe.model.model_copy(update={"name_or_path": name, "revision": revision})
@@ -185,6 +186,20 @@ def find_subject(target: str, recipe: Recipe | None, data: str | None) -> Subjec
         return subject
     section = subject.recipe.data.model_copy(update={"eval": [SourceSpec(path=data)]})
     return dataclasses.replace(subject, recipe=subject.recipe.model_copy(update={"data": section}))
+
+
+def _base_of_adapter(path: Path) -> tuple[str, str]:
+    """Name and revision of the base that an adapter's configuration names."""
+    try:
+        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        name, revision = config["base_model_name_or_path"], config.get("revision")
+    except (ValueError, TypeError, KeyError):
+        name, revision = None, None
+    if not isinstance(name, str) or not name:
+        raise InputError(
+            f"{path}/adapter_config.json does not name the adapter's base", "write base_model_name_or_path"
+        )
+    return name, revision or "main"
 
 
 def minimal_recipe(model: str, data: str | None) -> Recipe:

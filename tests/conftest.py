@@ -115,14 +115,14 @@ def write_tiny_base(directory: Path, seed: int = 0) -> None:
     model.save_pretrained(directory)
 
 
-def write_tiny_recipe(path: Path, base: Path, pairs: Path, output: Path, **changes: Any) -> Path:
+def write_tiny_recipe(path: Path, base: Path, pairs: Path, run: Path, /, **changes: Any) -> Path:
     """Write a recipe; `changes` replace keys within sections, or a whole section where they are no mapping."""
     recipe: dict[str, Any] = {
         "model": {"name_or_path": str(base), "chat_template": "plain"},
         "lora": {"r": 4, "alpha": 8},
         "data": {"train": str(pairs), "eval": {"holdout": 8}, "max_length": TINY_CONTEXT},
         "train": {"batch_size": 8, "max_steps": 4, "learning_rate": 0.01, "save_steps": 2, "warmup_steps": 1},
-        "output": {"dir": str(output)},
+        "output": {"dir": str(run)},
     }
     for section, change in changes.items():
         recipe[section] = {**recipe.get(section, {}), **change} if isinstance(change, dict) else change

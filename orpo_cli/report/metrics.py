@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from orpo_cli.files import to_json_lines
 
 # What two equal runs may differ in; see `orpo_cli.report.metrics.comparable`.
 TIMES = ("seconds", "tokens_per_second", "peak_memory_gib")
@@ -19,13 +20,12 @@ class MetricsFile:
     def __init__(self, path: Path, length: int = 0) -> None:
         """Open `path` for appending after its first `length` bytes; what follows them is dropped."""
         path.touch()
-        os.truncate(path, length)
+        os.truncate(path, min(length, path.stat().st_size))  # a file cut shorter by someone is not filled up with NUL
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; numbers that JSON cannot hold (NaN, infinities) become null."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        self._file.write(to_json_lines([row]))
         self._file.flush()
 
     def sync(self) -> int:

@@ -6,6 +6,7 @@ normalised by the whole step (loss.py), the sum is the gradient, whatever the nu
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
@@ -23,7 +24,9 @@ class Processes:
     """This process, its device, and how it speaks to the others; alone, it does nothing."""
 
     def __init__(self) -> None:
-        state = PartialState()
+        wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        # accelerate joins a group of processes on CPUs (gloo) only if it is told that there is nothing else.
+        state = PartialState(cpu=wants_cpu or not torch.accelerator.is_available())
         self.device: torch.device = state.device
         self.rank: int = state.process_index
         self.count: int = state.num_processes

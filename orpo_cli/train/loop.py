@@ -141,8 +141,6 @@ def train_steps(run: Run) -> None:
             progress.step, progress.position = step, position
             progress.pairs += len(pairs)
             progress.bad_steps = 0 if finite else progress.bad_steps + 1
-            if not finite:
-                _report_bad_step(run, pairs, loss_value)
             if step % section.logging_steps == 0 or step == run.total_steps or not finite:
                 seconds = time.perf_counter() - started
                 row = {
@@ -164,6 +162,8 @@ def train_steps(run: Run) -> None:
                 if run.metrics is not None:
                     run.metrics.write(row)
                     display.step(row)
+            if not finite:
+                _report_bad_step(run, pairs, loss_value)
             if step in evaluations:
                 _evaluate(run, display)
             stopped_by = processes.largest(signals.number)

@@ -38,7 +38,7 @@ from orpo_cli.model.build import (
 from orpo_cli.model.lora import save_adapter
 from orpo_cli.recipe import Recipe, dump_recipe
 from orpo_cli.report.metrics import MetricsFile, read_metrics
-from orpo_cli.report.terminal import comparison, first_pair, say, warn
+from orpo_cli.report.terminal import comparison, console, first_pair, say, warn
 from orpo_cli.run import RunDirectory, check_unchanged, read_manifest
 from orpo_cli.train.checkpoint import load_checkpoint, newest_sound, save_checkpoint
 from orpo_cli.train.distributed import Processes, seed_everything
@@ -66,6 +66,7 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
     """
     start = start or Start()
     processes = Processes()
+    console.quiet = not processes.is_main
     run = RunDirectory(Path(recipe.output.dir))
     resumes = start.resume or start.resume_from is not None
     if processes.is_main:
@@ -76,8 +77,7 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
     text = load_text_side(recipe)
     check_max_length(recipe.model, recipe.data.max_length)
     train_set, held_out = load_pairs(recipe.data, pair_tokenizer(recipe, text), recipe.train)
-    if processes.is_main:
-        describe_data(train_set, held_out, text, recipe)
+    describe_data(train_set, held_out, text, recipe)
 
     seed_everything(recipe.train.seed)
     built = build_for_training(recipe, text, processes.device)
@@ -112,8 +112,7 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
         answer=lambda prompts: answers(built.base, text, prompts),
         save=lambda: save(run, recipe, built, optimizer, progress) if processes.is_main else None,
     )
-    if processes.is_main:
-        describe_run(loop, built)
+    describe_run(loop, built)
     train_steps(loop)
     figures = finish(run, loop, text, built, held_out) if processes.is_main else {}
     processes.close()
