@@ -173,7 +173,7 @@ def _print_error(message: str, hint: str | None) -> None:
 def _threshold(text: str) -> tuple[str, float]:
     metric, equals, least = text.partition("=")
     try:
-        return metric, float(least if equals else "")
+        return metric, float(least if metric and equals else "")
     except ValueError:
         raise InputError(f"--fail-under {text}: not METRIC=X", "for instance --fail-under accuracy=0.8") from None
 
