@@ -124,7 +124,7 @@ def check_answer(prompt: str, answer: str) -> bool:
 def make_pairs(path: Path, count: int, seed: int) -> None:
     """Write `count` lines of `{"prompt", "chosen", "rejected"}`, no two of which compare the same two things.
 
-    ValueError if there are not that many couples (there are 979).
+    ValueError if there are not that many couples (there are 997).
     """
     if count > sum(len(r.things) * (len(r.things) - 1) // 2 for r in RANKINGS):
         raise ValueError(f"the demo's world has no {count} couples to compare")
@@ -341,10 +341,13 @@ def claim(directory: Path, *, overwrite: bool) -> None:
 
 def write_recipe(directory: Path) -> None:
     """Write the demo's recipe with the paths of this demo."""
-    text = (RECIPES / "demo.yaml").read_text(encoding="utf-8")
-    for name in FILES:
+
+    def quoted(match: re.Match[str]) -> str:
         # A JSON string is a YAML string, whatever the directory is called.
-        text = text.replace(f"orpo-demo/{name}", json.dumps(str(directory / name), ensure_ascii=False))
+        return json.dumps(str(directory / match[1]), ensure_ascii=False)
+
+    text = (RECIPES / "demo.yaml").read_text(encoding="utf-8")
+    text = re.sub(rf"orpo-demo/({'|'.join(map(re.escape, FILES))})", quoted, text)
     (directory / "recipe.yaml").write_text(text, encoding="utf-8")
 
 

@@ -1,0 +1,35 @@
+# Everything runs from .venv, which the first target makes: `make demo` in a fresh clone needs Python 3.11 and no more.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Where the demo works.
+DIR ?= demo
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint check bench
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)  ## Tiny base, pairs, ORPO, answers before and after (DIR=demo), some two minutes
+	$(BIN)/orpo demo $(DIR) --overwrite
+
+test: $(INSTALLED)  ## All tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## Format, lint and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+check: lint test  ## lint and test: what has to pass
+
+bench: $(INSTALLED)  ## Run the benchmarks
+	@ls benchmarks/*.py >/dev/null 2>&1 || echo "there are no benchmarks yet"
+	@set -e; for file in $(wildcard benchmarks/*.py); do $(BIN)/python $$file; done
