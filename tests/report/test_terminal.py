@@ -1,0 +1,58 @@
+"""What a run says, on a pipe as in these tests: plain lines, all of them on stderr."""
+
+from __future__ import annotations
+
+import pytest
+
+from orpo_cli.report import terminal
+
+
+def test_errors_hints_and_warnings_are_plain_lines_on_stderr(capsys):
+    terminal.print_error("data.train: [bold]no[/bold] such file", "look :smile: there")
+    terminal.print_error("alone", None)
+    terminal.warn("a " + "long " * 60 + "line")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == (
+        "error: data.train: [bold]no[/bold] such file\nhint: look :smile: there\nerror: alone\n"
+        "warning: a " + "long " * 60 + "line\n"
+    )
+
+
+def test_steps_are_lines(capsys):
+    row = {"step": 3, "loss": 1.23456, "nll_loss": 1.0, "log_odds_ratio": None, "accuracy": 0.75}
+    row |= {"tokens_per_second": 12345.6, "learning_rate": 8e-6}
+    with terminal.StepDisplay(10) as display:
+        display.step(row)
+    assert capsys.readouterr().err == (
+        "step 3/10  loss 1.235  nll 1  log odds ratio -  accuracy 0.75  12,346 tok/s  lr 8.00e-06\n"
+    )
+
+
+def test_an_evaluation_is_a_line(capsys):
+    row = {"step": 0, "eval_loss": 2.0, "eval_accuracy": 0.5, "eval_log_odds_ratio": -0.1}
+    with terminal.StepDisplay(10) as display:
+        display.evaluated(row | {"eval_chosen_logps": -1.5, "eval_rejected_logps": -1.25})
+    assert capsys.readouterr().err == (
+        "held-out at step 0: loss 2  accuracy 0.5  log odds ratio -0.1  log-probs chosen -1.5, rejected -1.25\n"
+    )
+
+
+def test_a_pair_shows_which_tokens_count_for_what(capsys):
+    context, nll, both, odds = (False, False), (True, False), (True, True), (False, True)
+    chosen = [("User:", *context), (" hi", *context), ("\n", *nll), ("Yes", *both), (".", *both)]
+    terminal.first_pair({"chosen": chosen, "rejected": [("No\t", *odds)]})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1:] == ["  chosen: [context]User: hi[nll]⏎[nll+or]Yes.", "  rejected: [or]No→"]
+
+
+@pytest.mark.parametrize("before", [None, {}])
+def test_the_comparison_stands_without_a_first_evaluation(before, capsys):
+    names = ("accuracy", "log_odds_ratio", "chosen_logps", "rejected_logps", "nll_loss", "or_loss", "loss")
+    after = dict.fromkeys(names, 0.5) | {"accuracy_ci95": [0.25, 0.75]}
+    terminal.say(terminal.comparison(before, after))
+    lines = [line.split() for line in capsys.readouterr().err.splitlines()]
+    assert ["accuracy", "0.5", "0.25", "to", "0.75"] in lines
+    terminal.say(terminal.comparison({f"eval_{name}": 0.125 for name in names}, after))
+    lines = [line.split() for line in capsys.readouterr().err.splitlines()]
+    assert ["accuracy", "0.125", "0.5", "0.25", "to", "0.75"] in lines
