@@ -69,8 +69,8 @@ def main() -> None:
         recipe.write_text(RECIPE.format(model=json.dumps(options.model), data=json.dumps(options.data)))
         for number, beta in enumerate(options.betas.split(",")):
             runs = [
-                train(recipe, Path(scratch) / f"{beta}-{seed}", [f"loss.beta={beta}", f"train.seed={seed}", *options.set])
-                for seed in seeds
+                train(recipe, Path(scratch) / f"{beta}-{s}", [f"loss.beta={beta}", f"train.seed={s}", *options.set])
+                for s in seeds
             ]
             if number == 0:
                 before = runs[0][0]

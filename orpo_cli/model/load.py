@@ -55,6 +55,14 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
         )
 
 
+def base_revision(section: ModelSection) -> str | None:
+    """The commit of a hub model that has been loaded; None for a directory."""
+    if Path(section.name_or_path).is_dir():
+        return None
+    cached = huggingface_hub.try_to_load_from_cache(section.name_or_path, "config.json", revision=section.revision)
+    return Path(cached).parent.name if isinstance(cached, str) else None
+
+
 def compute_dtype(section: ModelSection, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
     """The dtype the model computes in. `auto`: float32 if its weights are stored so, else bfloat16.
 
@@ -174,6 +182,8 @@ def _explanation(name: str, local: bool, error: Exception) -> ModelError:
         return ModelError(
             f"{name} is not in the local cache and HF_HUB_OFFLINE is set", "unset it, or name a directory"
         )
+    if "not a valid model identifier" in text:
+        return ModelError(f"there is no model {name} on the hub", "check the name; a private model needs HF_TOKEN")
     return ModelError(
         f"{name} cannot be loaded from the hub: {text[:400]}",
         "check the name and the network; a private or gated model needs HF_TOKEN",

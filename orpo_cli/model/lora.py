@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
@@ -50,8 +51,11 @@ def add_lora(model: PreTrainedModel, section: LoraSection, trained_rows: list[in
 
 
 def load_adapter(model: PreTrainedModel, directory: str | Path, *, trainable: bool = False) -> PeftModel:
-    """Put a saved adapter into its base model. Only safetensors are read. Raises ModelError if it does not fit."""
-    directory = Path(directory)
+    """Put a saved adapter (a directory or a hub id) into its base model, reading nothing but safetensors and JSON.
+
+    Raises ModelError if there is none or it does not fit.
+    """
+    directory = _downloaded(str(directory)) if not Path(directory).exists() else Path(directory)
     if not (directory / "adapter_config.json").is_file():
         raise ModelError(f"{directory} is no adapter: it has no adapter_config.json", "name the directory `adapter/`")
     if not (directory / "adapter_model.safetensors").is_file():
@@ -65,6 +69,17 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, trainable: bo
         raise ModelError(
             f"the adapter {directory} does not fit the base: {' '.join(str(error).split())[:300]}",
             "an adapter goes with the base it was trained on",
+        ) from error
+
+
+def _downloaded(name: str) -> Path:
+    """The local copy of a hub repository's adapter."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=["adapter_config.json", "adapter_model.safetensors"]))
+    except (OSError, ValueError) as error:  # the hub's own errors are kinds of these
+        raise ModelError(
+            f"there is no adapter {name}: {' '.join(str(error).split())[:200]}",
+            "lora.adapter is a directory or a hub id; a private one needs HF_TOKEN",
         ) from error
 
 

@@ -35,6 +35,7 @@ from orpo_cli.model.build import (
     pair_tokenizer,
     set_stop_tokens,
 )
+from orpo_cli.model.load import base_revision
 from orpo_cli.model.lora import save_adapter
 from orpo_cli.recipe import Recipe, dump_recipe
 from orpo_cli.report.metrics import MetricsFile, read_metrics
@@ -209,7 +210,7 @@ def manifest(
         "seed": recipe.train.seed,
         "base": {
             "name_or_path": recipe.model.name_or_path,
-            "revision": getattr(built.base.config, "_commit_hash", None) or recipe.model.revision,
+            "revision": base_revision(recipe.model),
             "dtype": str(built.base.dtype).removeprefix("torch."),
         },
         "template": {

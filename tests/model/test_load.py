@@ -1,0 +1,197 @@
+"""Base models: what is loaded, what is refused and with which words, and rows for new tokens."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from orpo_cli.errors import ModelError
+from orpo_cli.model.load import (
+    compute_dtype,
+    disable_dropout,
+    embedding_names,
+    fit_vocabulary,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
+from orpo_cli.recipe import ModelSection
+from tests.hub import hub, hub_environment
+
+CPU = torch.device("cpu")
+
+
+def section(path: Path | str, **keys) -> ModelSection:
+    return ModelSection(name_or_path=str(path), **keys)
+
+
+def altered(tiny_base: Path, directory: Path, **config) -> Path:
+    """A copy of the tiny base with other keys in config.json."""
+    shutil.copytree(tiny_base, directory)
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return directory
+
+
+def test_auto_dtype_is_that_of_the_weights_but_never_float16_where_bfloat16_works():
+    for stored, computed in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.bfloat16)):
+        config = AutoConfig.for_model("llama", dtype=stored)
+        assert compute_dtype(section("x"), config, CPU) == computed
+    assert compute_dtype(section("x", dtype="float16"), config, CPU) == torch.float16
+
+
+def test_the_base_s_own_dropout_is_off_unless_asked_for(tiny_base, tmp_path):
+    directory = altered(tiny_base, tmp_path / "m", attention_dropout=0.3)
+    assert load_model(section(directory), CPU).config.attention_dropout == 0.0
+    assert load_model(section(directory, disable_dropout=False), CPU).config.attention_dropout == 0.3
+
+
+def test_dropout_of_every_family_is_found():
+    for family, keys in (
+        ("gpt2", ("resid_pdrop", "embd_pdrop", "attn_pdrop")),
+        ("opt", ("dropout", "attention_dropout", "layerdrop")),
+        ("phi", ("resid_pdrop", "embd_pdrop", "attention_dropout")),
+    ):
+        config = AutoConfig.for_model(family, **dict.fromkeys(keys, 0.1))
+        disable_dropout(config)
+        assert [getattr(config, key) for key in keys] == [0.0] * len(keys)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda base, tmp: tmp / "nowhere" / "at" / "all", "there is no directory"),
+        (lambda base, tmp: (tmp / "empty").mkdir() or tmp / "empty", "no config.json"),
+        (lambda base, tmp: altered(base, tmp / "t5", model_type="t5", architectures=["T5"]), "encoder-decoder"),
+        (lambda base, tmp: altered(base, tmp / "odd", model_type="no_such_family"), "cannot be loaded"),
+        (
+            lambda base, tmp: altered(
+                base, tmp / "rc", model_type="mine", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
+            ),
+            "needs code from its own repository",
+        ),
+    ],
+)
+def test_what_is_no_model_is_refused_in_words(tiny_base, tmp_path, make, message):
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(section(make(tiny_base, tmp_path)), CPU)
+    assert caught.value.hint
+
+
+def test_remote_code_does_not_run_unless_it_is_trusted(tiny_base, tmp_path):
+    directory = altered(tiny_base, tmp_path / "rc", model_type="mine", auto_map={"AutoConfig": "code.C"})
+    (directory / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ModelError):
+        load_config(section(directory))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_are_not_loaded(tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "m")
+    (tmp_path / "m/model.safetensors").unlink()
+    torch.save({}, tmp_path / "m/pytorch_model.bin")
+    with pytest.raises(ModelError, match="safetensors"):
+        load_model(section(tmp_path / "m"), CPU)
+
+
+def test_damaged_weights_are_an_error(tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "m")
+    weights = tmp_path / "m/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"damaged|cannot be loaded"):
+        load_model(section(tmp_path / "m"), CPU)
+
+
+def test_a_base_and_tokenizer_come_from_the_hub(tiny_base, tmp_path):
+    """Against a stand-in that serves a repository's files as the hub does; also what is gated or absent."""
+    files = {p.name: p.read_bytes() for p in tiny_base.iterdir() if p.is_file()}
+    code = (
+        "import sys, torch\n"
+        "from orpo_cli.errors import ModelError\n"
+        "from orpo_cli.model.load import base_revision, load_model, load_tokenizer\n"
+        "from orpo_cli.recipe import ModelSection\n"
+        "for name in sys.argv[1:]:\n"
+        "    try:\n"
+        "        section = ModelSection(name_or_path=name)\n"
+        "        tokenizer = load_tokenizer(section)\n"
+        "        model = load_model(section, torch.device('cpu'))\n"
+        "        print(name, len(tokenizer), model.num_parameters(), base_revision(section))\n"
+        "    except ModelError as error:\n"
+        "        print(name, error.message, '|', error.hint)\n"
+    )
+    with hub({"some/model": files, "some/gated": files}, gated=frozenset({"some/gated"})) as url:
+        done = subprocess.run(
+            [sys.executable, "-c", code, "some/model", "some/gated", "some/absent"],
+            env=hub_environment(url, tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stderr
+    assert lines[0].startswith("some/model 259 ")
+    assert len(lines[0].split()[-1]) == 40
+    assert "is gated" in lines[1]
+    assert "HF_TOKEN" in lines[1]
+    assert "no model some/absent" in lines[2]
+
+
+def grown(tiny_base: Path, tokens: list[str], tied: bool = False):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.add_special_tokens({"extra_special_tokens": tokens})
+    config = AutoConfig.from_pretrained(tiny_base, tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_config(config)
+    return model, tokenizer, [tokenizer.convert_tokens_to_ids(token) for token in tokens]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens_get_rows_at_the_mean(tiny_base, tied):
+    model, tokenizer, ids = grown(tiny_base, ["<|a|>", "<|b|>"], tied)
+    before = model.get_input_embeddings().weight.detach().clone()
+    head = model.get_output_embeddings().weight.detach().clone()
+    fresh = fit_vocabulary(model, tokenizer, ids)
+    assert fresh.added == ids
+    assert fresh.untrained == []
+    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert (inputs is outputs) == tied
+    assert torch.equal(inputs[: len(before)], before)
+    for row in ids:
+        torch.testing.assert_close(inputs[row], before.mean(0))
+        torch.testing.assert_close(outputs[row], head.mean(0))
+    assert embedding_names(model) == ("model.embed_tokens", None if tied else "lm_head")
+
+
+def test_rows_that_were_never_trained_are_found_and_start_at_the_mean_of_the_others(tiny_base):
+    model, tokenizer, _ = grown(tiny_base, [])
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight[5] = 1e-9  # as in Llama 3's reserved tokens
+        weight[6] = weight[7]
+    fresh = fit_vocabulary(model, tokenizer, [4, 5, 6])
+    assert fresh.untrained == [5, 6]
+    others = [i for i in range(len(weight)) if i not in (5, 6)]
+    torch.testing.assert_close(weight[5], weight[others].mean(0))
+    assert fit_vocabulary(model, tokenizer, [4]).untrained == []
+
+
+def test_spare_rows_of_the_model_stay(tiny_base):
+    model, tokenizer, _ = grown(tiny_base, [])
+    model.resize_token_embeddings(300)
+    assert fit_vocabulary(model, tokenizer, []).added == []
+    assert len(model.get_input_embeddings().weight) == 300
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny_base):
+    model, tokenizer, _ = grown(tiny_base, [])
+    tokenizer.add_tokens([f"word{i}" for i in range(1000)])
+    with pytest.raises(ModelError, match="do not belong together"):
+        fit_vocabulary(model, tokenizer, [])
+
+
+def test_a_tokenizer_loads_from_a_directory(tiny_base):
+    assert load_tokenizer(section(tiny_base)).eos_token == "</s>"

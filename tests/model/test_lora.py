@@ -1,0 +1,101 @@
+"""Adapters: what peft is asked for, and what is written for it to read."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from orpo_cli.errors import ModelError
+from orpo_cli.model.lora import add_lora, load_adapter, save_adapter
+from orpo_cli.recipe import LoraSection
+
+
+@pytest.fixture
+def base(tiny_base):
+    return AutoModelForCausalLM.from_pretrained(tiny_base)
+
+
+def trained(model) -> set[str]:
+    return {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad for n in [n.split(".lora")[0]]}
+
+
+def test_all_linear_is_every_projection_but_the_head(base):
+    model = add_lora(base, LoraSection(r=4, exclude_modules=["down_proj"]), [])
+    assert trained(model) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_adapters_of_a_bfloat16_base_are_float32(tiny_base):
+    model = add_lora(AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16), LoraSection(), [])
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"},
+        {"rank_pattern": {"down_proj": 8}},
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": r".*layers\.1\..*_proj"},
+        {"modules_to_save": ["lm_head"]},
+        {"dropout": 0.5},
+    ],
+    ids=str,
+)
+def test_each_setting_reaches_the_adapter_and_survives_saving(base, tiny_base, tmp_path, keys):
+    torch.manual_seed(0)
+    model = add_lora(base, LoraSection(r=4, **keys), [])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "magnitude" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    save_adapter(model, tmp_path, base=str(tiny_base), revision="main")
+    ids = torch.arange(3, 40)[None]
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path).eval()
+    torch.testing.assert_close(stock(ids).logits, model.eval()(ids).logits)
+    fresh = AutoModelForCausalLM.from_pretrained(tiny_base)
+    assert not torch.allclose(stock(ids).logits, fresh(ids).logits)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    for key, value in keys.items():
+        assert saved[{"dropout": "lora_dropout"}.get(key, key)] == value
+
+
+def test_lists_in_the_adapter_config_are_sorted(base, tiny_base, tmp_path):
+    save_adapter(add_lora(base, LoraSection(), []), tmp_path, base=str(tiny_base), revision="main")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert config["base_model_name_or_path"] == str(tiny_base)
+
+
+def test_modules_that_are_not_there_are_an_error_that_names_those_that_are(base):
+    with pytest.raises(ModelError) as caught:
+        add_lora(base, LoraSection(target_modules=["query_key_value"]), [])
+    assert "q_proj" in caught.value.hint
+
+
+def test_an_adapter_goes_on_from_another(base, tiny_base, tmp_path):
+    model = add_lora(base, LoraSection(r=3), [])
+    save_adapter(model, tmp_path, base=str(tiny_base), revision="main")
+    again = add_lora(AutoModelForCausalLM.from_pretrained(tiny_base), LoraSection(adapter=str(tmp_path)), [])
+    assert again.peft_config["default"].r == 3
+    assert any(p.requires_grad for n, p in again.named_parameters() if "lora_A" in n)
+
+
+def test_what_is_no_adapter_is_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ModelError, match="no adapter"):
+            load_adapter(base, name)
+
+
+def test_a_pickled_adapter_is_not_loaded(base, tiny_base, tmp_path):
+    save_adapter(add_lora(base, LoraSection(), []), tmp_path, base=str(tiny_base), revision="main")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save({}, tmp_path / "adapter_model.bin")
+    with pytest.raises(ModelError, match="safetensors"):
+        load_adapter(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path)

@@ -1,0 +1,119 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from orpo_cli.recipe import TrainSection
+from orpo_cli.train.optimizer import Optimizer, learning_rate, warmup_steps
+
+
+def rates(total: int, **keys) -> list[float]:
+    section = TrainSection(**keys)
+    return [learning_rate(step, total, section, peak=1.0) for step in range(1, total + 1)]
+
+
+def test_warm_up_rises_to_the_peak_on_its_last_step_and_no_step_is_wasted():
+    for kind in ("linear", "cosine", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay"):
+        schedule = rates(20, lr_scheduler_type=kind, warmup_steps=4)
+        assert schedule[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+        assert min(schedule) > 0
+
+
+def test_each_schedule_is_its_formula():
+    assert rates(10, lr_scheduler_type="linear", warmup_steps=0) == pytest.approx([1 - k / 10 for k in range(10)])
+    cosine = rates(10, lr_scheduler_type="cosine", warmup_steps=0)
+    assert cosine == pytest.approx([(1 + math.cos(math.pi * k / 10)) / 2 for k in range(10)])
+    floored = rates(10, lr_scheduler_type="cosine_with_min_lr", min_lr_ratio=0.1, warmup_steps=0)
+    assert floored == pytest.approx([0.1 + 0.9 * value for value in cosine])
+    assert rates(10, lr_scheduler_type="constant") == [1.0] * 10
+    root = rates(900, lr_scheduler_type="inverse_sqrt", warmup_steps=100)  # the paper's
+    assert root[399] == pytest.approx(0.5)
+    assert root[899] == pytest.approx(1 / 3)
+    stable = rates(100, lr_scheduler_type="warmup_stable_decay", warmup_steps=10)
+    assert stable[9:80] == [1.0] * 71
+    assert stable[80:] == pytest.approx([(20 - k) / 20 for k in range(20)])
+
+
+def test_the_warm_up_ratio_is_a_share_of_the_steps_rounded_up_and_steps_win():
+    assert warmup_steps(TrainSection(warmup_ratio=0.1), 95) == 10
+    assert warmup_steps(TrainSection(warmup_ratio=0.1, warmup_steps=3), 95) == 3
+    assert warmup_steps(TrainSection(lr_scheduler_type="constant"), 95) == 0
+
+
+def layers(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 1)).to(dtype)
+
+
+def test_float32_steps_are_those_of_torch_adamw():
+    own, stock = layers(torch.float32), layers(torch.float32)
+    section = TrainSection(weight_decay=0.1, max_grad_norm=0.5, adam_beta2=0.98)
+    optimizer = Optimizer(own.named_parameters(), section)
+    reference = torch.optim.AdamW(
+        [
+            {"params": [p for p in stock.parameters() if p.ndim > 1], "weight_decay": 0.1},
+            {"params": [p for p in stock.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.98),
+    )
+    for step in range(1, 6):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        own(x).square().sum().backward()
+        optimizer.clip()
+        optimizer.step(0.01 * step)
+        stock(x).square().sum().backward()
+        torch.nn.utils.clip_grad_norm_(stock.parameters(), 0.5)
+        for group in reference.param_groups:
+            group["lr"] = 0.01 * step
+        reference.step()
+        reference.zero_grad()
+    for mine, theirs in zip(own.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_gradients_of_half_precision_weights_add_up_in_float32():
+    model = layers(torch.bfloat16)
+    optimizer = Optimizer(model.named_parameters(), TrainSection())
+    for scale in (1.0, 1e-3, 1e-3, 1e-3):  # in bfloat16 the later ones would vanish beside the first
+        (model[1].bias * scale).sum().backward()
+    bias = dict(zip(optimizer.masters, optimizer.gradients(), strict=True))["1.bias"]
+    assert bias.dtype == torch.float32
+    assert bias.item() == pytest.approx(1.003, rel=1e-3)
+    assert all(p.grad is None for p in model.parameters())  # handed over the moment they were made
+
+
+def test_a_parameter_that_nothing_reached_has_a_gradient_of_zeros():
+    model = layers(torch.float32)
+    optimizer = Optimizer(model.named_parameters(), TrainSection())
+    model[1].bias.sum().backward()
+    assert [g.abs().sum().item() for g in optimizer.gradients()] == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_restored_optimizer_goes_on_to_the_same_bits(dtype):
+    def steps(model, optimizer, numbers):
+        for number in numbers:
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(number)).to(dtype)
+            model(x).square().sum().backward()
+            optimizer.clip()
+            optimizer.step(1e-3)
+
+    whole = layers(dtype)
+    optimizer = Optimizer(whole.named_parameters(), TrainSection())
+    steps(whole, optimizer, range(3))
+    saved = {name: tensor.clone() for name, tensor in optimizer.tensors().items()}
+    weights = {name: p.detach().clone() for name, p in whole.named_parameters()}
+    steps(whole, optimizer, range(3, 6))
+
+    resumed = layers(dtype)
+    with torch.no_grad():
+        for name, parameter in resumed.named_parameters():
+            parameter.copy_(weights[name])
+    again = Optimizer(resumed.named_parameters(), TrainSection())
+    again.load_tensors(saved)
+    steps(resumed, again, range(3, 6))
+    for mine, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    for name, tensor in optimizer.tensors().items():
+        assert torch.equal(tensor, again.tensors()[name]), name
