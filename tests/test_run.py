@@ -1,0 +1,254 @@
+"""The run directory: who may write there, what a resumed run must leave alone, and what a verb's target names."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from orpo_cli.errors import InputError
+from orpo_cli.recipe import Recipe, load_recipe
+from orpo_cli.run import (
+    DIRECTORIES,
+    FILES,
+    RunDirectory,
+    check_unchanged,
+    find_subject,
+    open_run,
+    read_manifest,
+)
+
+
+def contents(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*")}
+
+
+def hold_a_run(directory: Path) -> None:
+    directory.mkdir()
+    for name in FILES:
+        (directory / name).write_text("{}")
+    for name in DIRECTORIES:
+        (directory / name / "deep").mkdir(parents=True)
+        (directory / name / "deep" / "file").write_text("x")
+
+
+# Who may write
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_new_or_empty_directory_may_be_used(tmp_path, options):
+    for path in (tmp_path / "runs" / "new", tmp_path / "empty"):
+        RunDirectory(path).claim(**{"resume": False, "overwrite": False, **options})
+        assert contents(path) == set()
+        RunDirectory(path).claim(**{"resume": False, "overwrite": False, **options})
+
+
+@pytest.mark.parametrize("name", [*FILES, *DIRECTORIES])
+def test_each_trace_of_a_run_is_one(tmp_path, name):
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    (run.path / "notes.txt").write_text("mine")
+    assert not run.holds_run()
+    (run.path / name).mkdir() if name in DIRECTORIES else (run.path / name).write_text("")
+    assert run.holds_run()
+    with pytest.raises(InputError, match="already holds a run") as error:
+        run.claim(resume=False, overwrite=False)
+    assert all(option in error.value.hint for option in ("--resume", "--overwrite", "--output-dir"))
+
+
+def test_resuming_changes_nothing(tmp_path):
+    hold_a_run(tmp_path / "run")
+    before = contents(tmp_path / "run")
+    RunDirectory(tmp_path / "run").claim(resume=True, overwrite=False)
+    assert contents(tmp_path / "run") == before
+
+
+def test_overwriting_removes_what_a_run_writes_and_nothing_else(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    hold_a_run(run.path)
+    (run.path / "notes.txt").write_text("mine")
+    (run.path / "plots").mkdir()
+    (run.path / "plots" / "loss.png").write_text("mine")
+    run.claim(resume=False, overwrite=True)
+    assert contents(run.path) == {"notes.txt", "plots", "plots/loss.png"}
+
+
+def test_overwriting_does_not_follow_a_link(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("x")
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    (run.path / "merged").symlink_to(elsewhere)
+    run.claim(resume=False, overwrite=True)
+    assert (elsewhere / "precious").exists()
+
+
+def test_what_cannot_be_a_directory_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is a file"):
+        RunDirectory(tmp_path / "file").claim(resume=False, overwrite=True)
+    with pytest.raises(InputError, match="cannot be made"):
+        RunDirectory(tmp_path / "file" / "run").claim(resume=False, overwrite=False)
+
+
+def test_a_run_writes_only_what_overwriting_removes(tiny_run):
+    assert {path.name for path in tiny_run.iterdir()} <= {*FILES, *DIRECTORIES}
+
+
+# What a finished run says
+
+
+def test_a_run_is_opened_with_its_recipe(tiny_run):
+    run, recipe = open_run(tiny_run)
+    assert run.path == tiny_run
+    assert recipe.lora.r == 4
+    manifest = read_manifest(run)
+    assert manifest["seed"] == 42
+    assert manifest["data"]["train"]["pairs"] == 56
+    assert manifest["data"]["eval"]["pairs"] == 8
+
+
+def test_a_directory_without_a_recipe_is_no_run(tmp_path):
+    with pytest.raises(InputError, match="holds no run"):
+        open_run(tmp_path)
+    assert read_manifest(RunDirectory(tmp_path)) == {}
+
+
+# What may change before a run goes on
+
+
+def changed(recipe: Recipe, section: str, **keys) -> Recipe:
+    tree = recipe.model_dump(mode="json")
+    tree[section] = {**tree[section], **keys} if keys else None
+    return Recipe.model_validate(tree)
+
+
+def fingerprint_of(run: RunDirectory) -> str:
+    return "+".join(source["fingerprint"] for source in read_manifest(run)["data"]["train"]["sources"])
+
+
+def test_the_same_recipe_goes_on(tiny_run):
+    run, recipe = open_run(tiny_run)
+    check_unchanged(run, recipe, fingerprint_of(run))
+
+
+@pytest.mark.parametrize(
+    ("section", "keys"),
+    [
+        ("train", {"max_steps": 100}),
+        ("train", {"num_train_epochs": 3.0}),
+        ("train", {"save_steps": 1, "eval_steps": 2, "logging_steps": 5, "save_total_limit": 9}),
+        ("train", {"max_tokens_per_microbatch": 200}),
+        ("output", {"dir": "elsewhere", "merge": False}),
+    ],
+)
+def test_what_leaves_the_result_as_it_is_may_change(tiny_run, section, keys):
+    run, recipe = open_run(tiny_run)
+    check_unchanged(run, changed(recipe, section, **keys), fingerprint_of(run))
+
+
+def test_keys_that_changed_are_listed(tiny_run):
+    run, recipe = open_run(tiny_run)
+    other = changed(changed(recipe, "loss", beta=0.2), "train", learning_rate=0.5, seed=1, max_steps=9)
+    with pytest.raises(InputError) as error:
+        check_unchanged(run, other, fingerprint_of(run))
+    assert error.value.message == (
+        f"{run.path} was made by another recipe; these keys differ: loss.beta, train.learning_rate, train.seed"
+    )
+
+
+@pytest.mark.parametrize("keys", [{}, {"r": 8}])
+def test_another_adapter_is_another_run(tiny_run, keys):
+    run, recipe = open_run(tiny_run)
+    with pytest.raises(InputError, match=r"differ: lora\.r$" if keys else r"differ: lora$"):
+        check_unchanged(run, changed(recipe, "lora", **keys), fingerprint_of(run))
+
+
+def test_other_data_is_another_run(tiny_run):
+    run, recipe = open_run(tiny_run)
+    with pytest.raises(InputError, match="the training data has changed"):
+        check_unchanged(run, recipe, "another")
+
+
+# What a target names
+
+
+def test_a_run_is_its_base_with_its_adapter(tiny_run, tiny_base):
+    subject = find_subject(str(tiny_run), None, None)
+    assert subject.recipe.model.name_or_path == str(tiny_base)
+    assert subject.adapter == tiny_run / "adapter"
+    assert subject.recipe.data.eval.holdout == 8
+
+
+@pytest.mark.parametrize("part", ["adapter", "checkpoints/step-000004"])
+def test_an_adapter_within_a_run_is_read_as_the_run_says(tiny_run, tiny_base, part):
+    subject = find_subject(str(tiny_run / part), None, None)
+    assert subject.adapter == tiny_run / part
+    assert subject.recipe.model.name_or_path == str(tiny_base)
+    assert subject.recipe.model.chat_template == "plain"
+    assert subject.recipe.data.eval.holdout == 8
+
+
+def test_merged_weights_stand_by_themselves_and_know_their_run(tiny_run):
+    subject = find_subject(str(tiny_run / "merged"), None, None)
+    assert subject.recipe.model.name_or_path == str(tiny_run / "merged")
+    assert (subject.adapter, subject.recipe.lora) == (None, None)
+    assert subject.recipe.model.chat_template == "auto"  # it brings its own
+    assert subject.recipe.data.eval.holdout == 8
+
+
+def test_an_adapter_that_left_its_run_needs_data(tiny_run, tiny_base, tiny_pairs, tmp_path):
+    adapter = tmp_path / "alone" / "adapter"
+    shutil.copytree(tiny_run / "adapter", adapter)
+    with pytest.raises(InputError, match="nothing says which pairs to score"):
+        find_subject(str(adapter), None, None)
+    subject = find_subject(str(adapter), None, str(tiny_pairs))
+    assert (subject.adapter, subject.tokenizer) == (adapter, adapter)
+    assert subject.recipe.model.name_or_path == str(tiny_base)
+    assert [source.path for source in subject.recipe.data.eval] == [str(tiny_pairs)]
+
+
+def test_a_recipe_says_how_to_use_what_has_none(tiny_base, tiny_recipe):
+    recipe = load_recipe(tiny_recipe(loss={"beta": 0.7}))
+    subject = find_subject(str(tiny_base), recipe, None)
+    assert subject.recipe.loss.beta == 0.7
+    assert subject.recipe.model.name_or_path == str(tiny_base)
+    assert subject.adapter is None
+
+
+def test_other_data_takes_the_place_of_the_held_out_set(tiny_run, tiny_pairs):
+    subject = find_subject(str(tiny_run), None, str(tiny_pairs))
+    assert [source.path for source in subject.recipe.data.eval] == [str(tiny_pairs)]
+
+
+def test_an_unfinished_run_is_no_model(tiny_run, tmp_path):
+    for name in ("recipe.yaml", "manifest.json"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        shutil.copy(tiny_run / name, tmp_path / "run" / name)
+    with pytest.raises(InputError, match="is not finished: it has no adapter/"):
+        find_subject(str(tmp_path / "run"), None, None)
+
+
+@pytest.mark.parametrize("config", ["", "[]", "{}", '{"base_model_name_or_path": null}', '{"base_model_name_or_path"'])
+def test_an_adapter_that_names_no_base_is_refused(tmp_path, config):
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(InputError, match="does not name the adapter's base"):
+        find_subject(str(tmp_path), None, "pairs.jsonl")
+
+
+@pytest.mark.parametrize(("target", "data"), [("", "x.jsonl"), ("model", "")])
+def test_an_empty_name_is_refused(target, data):
+    with pytest.raises(InputError, match="empty"):
+        find_subject(target, None, data)
+
+
+def test_a_checkpoint_directory_on_its_own_is_an_adapter(tiny_run, tiny_pairs, tmp_path):
+    shutil.copytree(tiny_run / "checkpoints" / "step-000002", tmp_path / "kept")
+    subject = find_subject(str(tmp_path / "kept"), None, str(tiny_pairs))
+    assert subject.adapter == tmp_path / "kept"
+    assert subject.tokenizer is None
+    config = json.loads((tmp_path / "kept" / "adapter_config.json").read_text())
+    assert subject.recipe.model.name_or_path == config["base_model_name_or_path"]
