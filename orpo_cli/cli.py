@@ -143,7 +143,7 @@ _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 def _exit_code() -> int:
     try:
-        return app(standalone_mode=False) or 0
+        return app(standalone_mode=False, prog_name="orpo") or 0
     except OrpoError as error:
         _print_error(error.message, error.hint)
         return error.exit_code

@@ -1,0 +1,347 @@
+"""The command line: exit code, stdout and stderr together, and never a traceback for a user's mistake."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orpo_cli import __version__, cli
+from orpo_cli.errors import OrpoError, RunError
+
+
+@pytest.fixture
+def orpo(monkeypatch, capsys):
+    """`orpo("train", recipe)` -> (exit code, stdout, stderr), within this process."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["orpo", *map(str, arguments)])
+        capsys.readouterr()
+        code = cli._exit_code()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return call
+
+
+# Usage
+
+
+def test_without_arguments_help_is_an_error(orpo):
+    code, out, err = orpo()
+    assert (code, out) == (2, "")
+    assert err.startswith("Usage: orpo [OPTIONS] COMMAND [ARGS]...\n")
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_goes_to_stdout(orpo, flag):
+    code, out, err = orpo(flag)
+    assert (code, err) == (0, "")
+    assert all(f"\n  {verb} " in out for verb in ("train", "eval", "merge", "demo"))
+
+
+def test_version(orpo):
+    assert orpo("--version") == (0, f"orpo {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "where"),
+    [
+        (["frobnicate"], "No such command 'frobnicate'.", "orpo"),
+        (["trian"], "No such command 'trian'. Did you mean 'train'?", "orpo"),
+        (["train"], "Missing argument 'RECIPE'.", "orpo train"),
+        (["train", "a.yaml", "b.yaml"], "Got unexpected extra argument(s) (b.yaml)", "orpo train"),
+        (["train", "a.yaml", "--frobnicate"], "No such option: --frobnicate", "orpo train"),
+        (["--frobnicate"], "No such option: --frobnicate", "orpo"),
+    ],
+)
+def test_wrong_usage(orpo, arguments, error, where):
+    assert orpo(*arguments) == (2, "", f"error: {error}\nhint: {where} --help says what it takes\n")
+
+
+def test_a_choice_says_what_it_may_be(orpo):
+    code, out, err = orpo("merge", "run", "--dtype", "int8")
+    assert (code, out) == (2, "")
+    assert "'int8' is not one of 'auto', 'bfloat16', 'float16', 'float32'" in err
+
+
+def test_overwrite_and_resume_contradict_each_other(orpo, tiny_recipe):
+    recipe = tiny_recipe()
+    expected = (2, "", "error: --overwrite and --resume contradict each other\nhint: give one of them\n")
+    assert orpo("train", recipe, "--overwrite", "--resume") == expected
+    assert orpo("train", recipe, "--overwrite", "--resume-from", "x") == expected
+
+
+# Recipe, model, data
+
+
+def test_a_missing_recipe(orpo, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    assert orpo("train", path) == (
+        2,
+        "",
+        f"error: {path}: no such file\nhint: give the path of a recipe, a YAML file\n",
+    )
+
+
+def test_every_fault_of_a_recipe_at_once(orpo, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model:\n  name_or_path: some/model\n  dtyp: bfloat16\n"
+        "data:\n  train: pairs.jsonl\n  max_length: long\n"
+        "loss:\n  beta: -1\n  nll_tokens: some\n"
+        "train:\n  per_device_train_batch_size: 4\n  seed: 1.5\n"
+    )
+    code, out, err = orpo("train", path)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    for line, key in [
+        (3, "model.dtyp"),
+        (6, "data.max_length"),
+        (8, "loss.beta"),
+        (9, "loss.nll_tokens"),
+        (11, "train.per_device_train_batch_size"),
+        (12, "train.seed"),
+    ]:
+        assert f"{path}:{line}: {key}" in err
+    assert "train.batch_size" in err
+
+
+def test_a_wrong_override(orpo, tiny_recipe):
+    code, out, err = orpo("train", tiny_recipe(), "--set", "loss.bta=0.5")
+    assert (code, out) == (2, "")
+    assert "--set loss.bta=0.5" in err
+    assert "loss.beta" in err
+
+
+def test_a_missing_model(orpo, tiny_recipe, tmp_path):
+    code, out, err = orpo("train", tiny_recipe(model={"name_or_path": str(tmp_path / "no-model")}))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert str(tmp_path / "no-model") in err
+    assert "\nhint: " in err
+
+
+def test_missing_data(orpo, tiny_recipe, tmp_path):
+    code, out, err = orpo("train", tiny_recipe(data={"train": str(tmp_path / "no-pairs.jsonl")}))
+    assert (code, out) == (2, "")
+    assert err.splitlines()[0] == f"error: there is no file or directory {tmp_path / 'no-pairs.jsonl'}"
+    assert err.splitlines()[1].startswith("hint: ")
+
+
+def test_a_directory_that_holds_a_run(orpo, tiny_recipe, tiny_run):
+    before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
+    assert orpo("train", tiny_recipe(output={"dir": str(tiny_run)})) == (
+        2,
+        "",
+        f"error: {tiny_run} already holds a run\n"
+        "hint: --resume goes on with it, --overwrite starts anew, --output-dir names another directory\n",
+    )
+    assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == before
+
+
+def test_a_missing_checkpoint(orpo, tiny_recipe, tmp_path):
+    code, out, err = orpo("train", tiny_recipe(), "--resume-from", tmp_path / "step-000009")
+    assert (code, out) == (2, "")
+    assert f"error: there is no checkpoint {tmp_path / 'step-000009'}" in err
+
+
+# A run, from here on with everything it says
+
+
+def test_train_speaks_on_stderr_and_writes_the_run(orpo, tiny_recipe, tmp_path):
+    rows = [json.dumps({"prompt": f"p{i}", "chosen": f"yes {i}", "rejected": f"no {i}"}) for i in range(30)]
+    rows += ["{broken", json.dumps({"prompt": "p", "chosen": "same", "rejected": "same"})]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(rows))
+    recipe = tiny_recipe(data={"train": str(pairs)}, train={"max_steps": 2}, loss={"beta": 0.25})
+    directory = tmp_path / "elsewhere"
+    code, out, err = orpo("train", recipe, "--output-dir", directory, "--set", "train.seed=7")
+    assert (code, out) == (0, "")
+    assert "training data: 22 pairs of 32 rows" in err
+    assert f"  dropped 1 identical, e.g. {pairs}, row 31 (line 32): chosen and rejected are the same" in err
+    assert f"  dropped 1 malformed, e.g. {pairs}, row 30 (line 31): not JSON" in err
+    assert "warning: 6% of the rows were dropped; above 50% is an error" in err
+    assert "step 2/2" in err
+    assert f'from_pretrained("{directory}/merged")' in err
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert manifest["command"].startswith("orpo train ")
+    assert manifest["seed"] == 7
+    assert not (tmp_path / "run").exists()
+
+    # It holds a run now; overwriting it leaves what is not a run's.
+    (directory / "notes.txt").write_text("mine")
+    assert orpo("train", recipe, "--output-dir", directory)[0] == 2
+    code, _, err = orpo("train", recipe, "--output-dir", directory, "--resume", "--set", "loss.beta=0.5")
+    assert code == 2
+    assert f"error: {directory} was made by another recipe; these keys differ: loss.beta, train.seed" in err
+    assert orpo("train", recipe, "--output-dir", directory, "--overwrite")[0] == 0
+    assert (directory / "notes.txt").exists()
+
+    # Other data under the same recipe.
+    pairs.write_text("\n".join(rows[:-1]))
+    code, _, err = orpo("train", recipe, "--output-dir", directory, "--resume")
+    assert code == 2
+    assert "error: the training data has changed since" in err
+
+
+def test_eval_prints_json_and_nothing_else_on_stdout(orpo, tiny_run, tmp_path):
+    code, out, err = orpo("eval", tiny_run, "--output", tmp_path / "figures.json", "--fail-under", "accuracy=0.5")
+    assert code == 0
+    assert json.loads(out)["pairs"] == 8
+    assert (tmp_path / "figures.json").read_text() == out
+    assert len((tmp_path / "figures.pairs.jsonl").read_text().splitlines()) == 8
+    assert "error" not in err
+
+
+def test_eval_fails_under_a_threshold_but_prints_the_figures(orpo, tiny_run):
+    code, out, err = orpo("eval", tiny_run, "--fail-under", "accuracy=0.1", "--fail-under", "loss=99.5")
+    loss = json.loads(out)["loss"]
+    assert (code, err) == (1, f"error: loss is {loss:.4g}, below 99.5\n")
+
+
+def test_eval_refuses_a_threshold_of_no_figure(orpo, tiny_run):
+    code, out, err = orpo("eval", tiny_run, "--fail-under", "acuracy=0.1")
+    assert code == 2
+    assert json.loads(out)
+    assert err.startswith("error: --fail-under: there is no figure acuracy\nhint: there are accuracy, ")
+
+
+@pytest.mark.parametrize("threshold", ["accuracy", "accuracy=", "accuracy=much", "=0.5"])
+def test_eval_refuses_what_is_no_threshold_before_it_scores(orpo, threshold):
+    hint = "hint: for instance --fail-under accuracy=0.8\n"
+    assert orpo("eval", "run", "--fail-under", threshold) == (
+        2,
+        "",
+        f"error: --fail-under {threshold}: not METRIC=X\n{hint}",
+    )
+
+
+def test_eval_refuses_an_output_that_cannot_be_written_before_it_scores(orpo, tmp_path):
+    for output in (tmp_path, tmp_path / "absent" / "figures.json"):
+        code, out, err = orpo("eval", "run", "--output", output)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"error: --output {output}: no file can be written there\n")
+
+
+@pytest.mark.parametrize("arguments", [["eval"], ["eval", "--data", "x.jsonl"], ["merge"]])
+def test_a_target_that_is_not_there(orpo, tmp_path, arguments):
+    verb, *options = arguments
+    code, out, err = orpo(verb, tmp_path / "absent", *options)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert "\nhint: " in err
+
+
+def test_merge_says_where_on_stdout(orpo, tiny_run, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    code, out, _ = orpo("merge", tiny_run / "adapter", "--output", tmp_path / "merged")
+    assert (code, out) == (0, f"{tmp_path / 'merged'}\n")
+    written, own = (load_file(p / "model.safetensors") for p in (tmp_path / "merged", tiny_run / "merged"))
+    assert written.keys() == own.keys()
+    for name, tensor in own.items():
+        torch.testing.assert_close(written[name], tensor)
+    code, out, err = orpo("merge", tiny_run / "adapter", "--output", tmp_path / "merged")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {tmp_path / 'merged'} is not empty\n")
+
+
+def test_a_full_fine_tune_has_nothing_to_merge(orpo, tiny_recipe, tmp_path):
+    assert orpo("train", tiny_recipe(lora=None, train={"max_steps": 2}))[0] == 0
+    code, out, err = orpo("merge", tmp_path / "run")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {tmp_path / 'run'} has no adapter to merge\n")
+    code, out, _ = orpo("eval", tmp_path / "run")
+    assert code == 0
+    figures = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert json.loads(out)["loss"] == pytest.approx(figures["loss"], abs=1e-5)
+    # A full run's checkpoint has weights and no configuration: it is for --resume, and that is said.
+    code, out, err = orpo("eval", tmp_path / "run" / "checkpoints" / "step-000002")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+
+
+# What is raised deep inside
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "stderr"),
+    [
+        (
+            RunError("the loss is not finite", "lower the rate"),
+            1,
+            "error: the loss is not finite\nhint: lower the rate\n",
+        ),
+        (OrpoError("it broke"), 1, "error: it broke\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 1, "error: /data/x: No space left on device\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/x"), 1, "error: /data/x: Permission denied\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_failures_are_explained(orpo, monkeypatch, raised, code, stderr, tiny_recipe):
+    import orpo_cli.train.run
+
+    def fail(*_args):
+        raise raised
+
+    monkeypatch.setattr(orpo_cli.train.run, "train", fail)
+    found, out, err = orpo("train", tiny_recipe())
+    assert (found, out) == (code, "")
+    assert err.startswith(stderr)
+
+
+def test_a_fault_of_the_program_is_not_hidden(orpo, monkeypatch, tiny_recipe):
+    import orpo_cli.train.run
+
+    def fail(*_args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(orpo_cli.train.run, "train", fail)
+    with pytest.raises(ZeroDivisionError):
+        orpo("train", tiny_recipe())
+
+
+# As a process
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "tokenizers", "bitsandbytes")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"], ["train"], ["trian"]])
+def test_what_needs_no_model_loads_no_torch(arguments):
+    done = python(
+        "-c",
+        "import sys\nfrom orpo_cli import cli\n"
+        f"sys.argv = ['orpo', *{arguments!r}]\ncode = cli._exit_code()\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], code)",
+    )
+    assert done.stdout.splitlines()[-1] == f"[] {2 if arguments in (['train'], ['trian']) else 0}", done.stderr
+
+
+def test_the_module_is_the_command():
+    command = shutil.which("orpo", path=Path(sys.executable).parent)
+    assert command is not None
+    for done in (
+        python("-m", "orpo_cli", "--version"),
+        subprocess.run([command, "--version"], capture_output=True, text=True),
+    ):
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"orpo {__version__}\n", "")
+
+
+def test_a_process_exits_with_the_code_of_its_error(tmp_path):
+    done = python("-m", "orpo_cli", "train", str(tmp_path / os.devnull.strip("/")))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
