@@ -5,6 +5,8 @@ Exit codes: 2 the user's input is wrong, 1 a run failed, 128 + signal number whe
 
 from __future__ import annotations
 
+import signal
+
 
 class OrpoError(Exception):
     """A failure that is explained to the user instead of shown as a traceback.
@@ -49,4 +51,5 @@ class Stopped(OrpoError):  # noqa: N818 - to be stopped is no error
 
     def __init__(self, signal_number: int, message: str, hint: str | None = None) -> None:
         super().__init__(message, hint)
-        self.exit_code = 128 + signal_number
+        # A hang-up asks for the same as a termination, and scripts need to know one code only.
+        self.exit_code = 128 + (signal.SIGTERM if signal_number == signal.SIGHUP else signal_number)

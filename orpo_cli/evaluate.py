@@ -20,7 +20,7 @@ from orpo_cli.data.dataset import DROP_REASONS, PairSet, load_held_out
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.files import to_json, to_json_lines, write_file
 from orpo_cli.loss import MAX_LOGP
-from orpo_cli.model.build import build_for_scoring, load_text_side, max_tokens, pair_tokenizer
+from orpo_cli.model.build import build_for_scoring, context_tokens, load_text_side, max_tokens, pair_tokenizer
 from orpo_cli.model.logprobs import PairLogprobs, inference
 from orpo_cli.recipe import LossSection, load_recipe
 from orpo_cli.run import find_subject
@@ -86,7 +86,8 @@ def per_pair_metrics(scores: Scores, loss: LossSection) -> dict[str, np.ndarray]
     """
     per = scores.nll_tokens if loss.nll_reduction == "pair" else np.maximum(scores.nll_tokens.mean(), 1)
     nll_loss = scores.nll / per
-    or_loss = np.logaddexp(0.0, -scores.log_odds_ratio)
+    with np.errstate(invalid="ignore"):  # a model gone bad is reported, not warned about
+        or_loss = np.logaddexp(0.0, -scores.log_odds_ratio)
     return {
         "loss": nll_loss + loss.beta * or_loss,
         "nll_loss": nll_loss,
@@ -198,6 +199,10 @@ def evaluate_target(
     """
     subject = find_subject(target, load_recipe(recipe_file) if recipe_file else None, data)
     recipe, device = subject.recipe, PartialState().device
+    context = context_tokens(recipe.model)
+    if context is not None and recipe.data.max_length > context:  # longer pairs are skipped and counted
+        data_section = recipe.data.model_copy(update={"max_length": context})
+        recipe = recipe.model_copy(update={"data": data_section})
     text = load_text_side(recipe, subject.tokenizer)
     pairs = load_held_out(recipe.data, pair_tokenizer(recipe, text), recipe.train)
     built = build_for_scoring(recipe.model, text, device, adapter=subject.adapter)

@@ -61,13 +61,14 @@ def merge_trained(
     if not (section.load_in_4bit or section.load_in_8bit):
         save_model(merge_into_base(built.model), text, section, directory)
         return {}
-    device = built.base.device
-    measure = {"nll_tokens": "response", "max_tokens": max_tokens, "device": device}
-    trained = score_pairs(built.logprobs, pairs, **measure)
-    full = build_for_scoring(section, text, device, adapter=adapter, quantise=False)
+    measure = {"nll_tokens": "response", "max_tokens": max_tokens}
+    trained = score_pairs(built.logprobs, pairs, **measure, device=built.base.device)
+    # On the CPU: beside the quantised model, the device may have no room for the full one.
+    cpu = torch.device("cpu")
+    full = build_for_scoring(section, text, cpu, adapter=adapter, quantise=False)
     assert isinstance(full.model, PeftModel)
     merged = merge_into_base(full.model)
-    scores = score_pairs(PairLogprobs(merged, full.logprobs.shares_prefix), pairs, **measure)
+    scores = score_pairs(PairLogprobs(merged, full.logprobs.shares_prefix), pairs, **measure, device=cpu)
     save_model(merged, text, section, directory)
     return {
         "base": section.name_or_path,

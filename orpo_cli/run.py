@@ -179,9 +179,12 @@ def find_subject(target: str, recipe: Recipe | None, data: str | None) -> Subjec
         recipe = recipe or minimal_recipe(name, data)
         model = recipe.model.model_copy(update={"name_or_path": name, "revision": revision})
         subject = Subject(recipe.model_copy(update={"model": model}), path, tokenizer)
+    elif recipe is not None:  # to be used as the recipe would use its base
+        model = recipe.model.model_copy(update={"name_or_path": target, "revision": "main"})
+        subject = Subject(recipe.model_copy(update={"model": model}), None, None)
     else:
-        recipe = recipe or _recipe_around(path)
-        subject = Subject(_by_itself(recipe, target) if recipe else minimal_recipe(target, data), None, None)
+        around = _recipe_around(path)
+        subject = Subject(_by_itself(around, target) if around else minimal_recipe(target, data), None, None)
     if data is None:
         return subject
     section = subject.recipe.data.model_copy(update={"eval": [SourceSpec(path=data)]})

@@ -97,10 +97,14 @@ def max_tokens(recipe: Recipe, device: torch.device) -> int:
     return max(AUTO_MAX_TOKENS.get(device.type, 4096), 2 * recipe.data.max_length)
 
 
+def context_tokens(section: ModelSection) -> int | None:
+    """The model's context; None where its configuration states none."""
+    return getattr(load_config(section).get_text_config(), "max_position_embeddings", None)
+
+
 def check_max_length(section: ModelSection, max_length: int) -> None:
     """Raise ModelError when `data.max_length` is more than the model's context."""
-    config = load_config(section).get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_tokens(section)
     if context is not None and max_length > context:
         raise ModelError(
             f"data.max_length is {max_length}, and the context of {section.name_or_path} is {context} tokens",
@@ -147,6 +151,8 @@ def _with_engine(section: ModelSection, model: PreTrainedModel | PeftModel, rows
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if section.shared_prefix is False:
         why: str | None = "model.shared_prefix is false"
+    elif section.attn_implementation != "auto":
+        why = f"model.attn_implementation is {section.attn_implementation}"
     else:
         why = why_not_shared(base)
     if section.shared_prefix is True and why is not None:

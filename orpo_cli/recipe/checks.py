@@ -113,6 +113,13 @@ def _impossible_model(recipe: Recipe) -> Iterator[Fault]:
             "set model.dtype to bfloat16, or attn_implementation to auto",
             ("model.dtype",),
         )
+    if model.attn_implementation != "auto" and model.shared_prefix is True:
+        yield Fault(
+            "model.shared_prefix",
+            "prefixes are shared by an attention of its own, in place of attn_implementation",
+            "remove one of the two",
+            ("model.attn_implementation",),
+        )
     if model.chat_template in ("none", "plain") and model.chat_template_kwargs:
         yield Fault(
             "model.chat_template_kwargs",

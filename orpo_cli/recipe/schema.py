@@ -93,13 +93,14 @@ class ModelSection(Section):
     attn_implementation: Literal[
         "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = "auto"
-    """Attention kernels. `auto`: the fastest that is right for this model and device."""
+    """Attention kernels. `auto`: prefixes are shared where the model allows it, else what transformers chooses.
+    Any other: that one, and prefixes are not shared."""
     shared_prefix: Literal["auto"] | bool = "auto"
     """Compute a pair's prompt once for both of its answers. `auto`: where the model is shown to allow it; false:
     chosen and rejected are padded and run apart."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in the backward pass: less memory, about a third more time. `auto`: where the plan would
-    not fit without."""
+    """Recompute activations in the backward pass: less memory, about a third more time. `auto`: yes, but not on
+    a CPU."""
     device_map: Text | dict[str, int | str] | None = None
     """Spread one model over several devices. null: the whole model on each process's device."""
     disable_dropout: bool = True

@@ -47,7 +47,7 @@ from orpo_cli.train.loop import Progress, Run, score_together, train_steps
 from orpo_cli.train.optimizer import Optimizer
 
 # Pairs on which the weights merged from a quantised run are compared with what was trained.
-MEASURED_PAIRS = 64
+MEASURED_PAIRS = 16
 
 
 @dataclass(frozen=True)
