@@ -28,7 +28,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the recipe; may be given repeatedly."),
 ]
-OutputDir = Annotated[Path | None, typer.Option("--output-dir", metavar="DIR", help="Override output.dir.")]
+OutputDir = Annotated[str | None, typer.Option("--output-dir", metavar="DIR", help="Override output.dir.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -178,5 +178,5 @@ def _threshold(text: str) -> tuple[str, float]:
         raise InputError(f"--fail-under {text}: not METRIC=X", "for instance --fail-under accuracy=0.8") from None
 
 
-def _overrides(set_: list[str] | None, output_dir: Path | None) -> list[str]:
-    return [*(set_ or []), *([f"output.dir={json.dumps(str(output_dir))}"] if output_dir is not None else [])]
+def _overrides(set_: list[str] | None, output_dir: str | None) -> list[str]:
+    return [*(set_ or []), *([f"output.dir={json.dumps(output_dir)}"] if output_dir is not None else [])]

@@ -117,7 +117,9 @@ _FREE_KEYS = {
 
 
 def check_unchanged(run: RunDirectory, recipe: Recipe, fingerprint: str) -> None:
-    """Raise InputError when a run to be resumed was made by another recipe or from other data."""
+    """Raise InputError when a run to be resumed was made by another recipe or from other data, or is none."""
+    if not run.recipe.is_file():
+        raise InputError(f"{run.path} holds no run to go on with", "give the checkpoint's own run with --output-dir")
     before = load_recipe(run.recipe, files_must_exist=False).model_dump(mode="json")
     now = recipe.model_dump(mode="json")
     changed = []
@@ -139,8 +141,11 @@ def check_unchanged(run: RunDirectory, recipe: Recipe, fingerprint: str) -> None
 
 
 def read_manifest(run: RunDirectory) -> dict[str, Any]:
-    """The run's manifest, empty if it has none."""
-    return json.loads(run.manifest.read_text(encoding="utf-8")) if run.manifest.exists() else {}
+    """The run's manifest, empty if it has none. Raises InputError for one that someone has spoilt."""
+    try:
+        return json.loads(run.manifest.read_text(encoding="utf-8")) if run.manifest.exists() else {}
+    except ValueError as error:
+        raise InputError(f"{run.manifest} is damaged: {error}", "start a new run") from error
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,14 @@ def test_a_wrong_override(orpo, tiny_recipe):
     assert "loss.beta" in err
 
 
+def test_an_empty_output_directory_is_not_the_working_directory(orpo, tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = orpo("train", tiny_recipe(), "--output-dir", "")
+    assert (code, out) == (2, "")
+    assert "output.dir" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
 def test_a_missing_model(orpo, tiny_recipe, tmp_path):
     code, out, err = orpo("train", tiny_recipe(model={"name_or_path": str(tmp_path / "no-model")}))
     assert (code, out) == (2, "")

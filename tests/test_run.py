@@ -111,6 +111,12 @@ def test_a_run_is_opened_with_its_recipe(tiny_run):
     assert manifest["data"]["eval"]["pairs"] == 8
 
 
+def test_a_spoilt_manifest_is_said(tmp_path):
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+        read_manifest(RunDirectory(tmp_path))
+
+
 def test_a_directory_without_a_recipe_is_no_run(tmp_path):
     with pytest.raises(InputError, match="holds no run"):
         open_run(tmp_path)
@@ -171,6 +177,11 @@ def test_other_data_is_another_run(tiny_run):
     run, recipe = open_run(tiny_run)
     with pytest.raises(InputError, match="the training data has changed"):
         check_unchanged(run, recipe, "another")
+
+
+def test_only_a_run_goes_on(tiny_run, tmp_path):
+    with pytest.raises(InputError, match="holds no run to go on with"):
+        check_unchanged(RunDirectory(tmp_path), open_run(tiny_run)[1], "any")
 
 
 # What a target names
