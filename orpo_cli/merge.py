@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.errors import InputError
-from orpo_cli.evaluate import score_pairs
+from orpo_cli.evaluate import Scores, score_pairs
 from orpo_cli.files import write_directory
 from orpo_cli.model.build import Built, TextSide, build_for_scoring, load_text_side, set_stop_tokens
 from orpo_cli.model.load import load_config
@@ -61,14 +61,17 @@ def merge_trained(
     if not (section.load_in_4bit or section.load_in_8bit):
         save_model(merge_into_base(built.model), text, section, directory)
         return {}
-    measure = {"nll_tokens": "response", "max_tokens": max_tokens}
-    trained = score_pairs(built.logprobs, pairs, **measure, device=built.base.device)
+
+    def measured(logprobs: PairLogprobs) -> Scores:
+        device = logprobs.model.device
+        return score_pairs(logprobs, pairs, nll_tokens="response", max_tokens=max_tokens, device=device)
+
+    trained = measured(built.logprobs)
     # On the CPU: beside the quantised model, the device may have no room for the full one.
-    cpu = torch.device("cpu")
-    full = build_for_scoring(section, text, cpu, adapter=adapter, quantise=False)
+    full = build_for_scoring(section, text, torch.device("cpu"), adapter=adapter, quantise=False)
     assert isinstance(full.model, PeftModel)
     merged = merge_into_base(full.model)
-    scores = score_pairs(PairLogprobs(merged, full.logprobs.shares_prefix), pairs, **measure, device=cpu)
+    scores = measured(PairLogprobs(merged, full.logprobs.shares_prefix))
     save_model(merged, text, section, directory)
     return {
         "base": section.name_or_path,

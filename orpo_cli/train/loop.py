@@ -142,7 +142,6 @@ def train_steps(run: Run) -> None:
             progress.pairs += len(pairs)
             progress.bad_steps = 0 if finite else progress.bad_steps + 1
             if step % section.logging_steps == 0 or step == run.total_steps or not finite:
-                seconds = time.perf_counter() - started
                 row = {
                     "step": step,
                     "epoch": _epoch(run),
@@ -154,9 +153,7 @@ def train_steps(run: Run) -> None:
                     "pairs": len(pairs),
                     "tokens": int(tokens.item()),
                     "pairs_digest": pairs_digest(pairs),
-                    "seconds": seconds,
-                    "tokens_per_second": tokens.item() / seconds,
-                    "peak_memory_gib": peak_memory_gib(device),
+                    **_cost(started, tokens.item(), device),
                     **({} if finite else {"skipped": True}),
                 }
                 if run.metrics is not None:
@@ -169,7 +166,7 @@ def train_steps(run: Run) -> None:
             stopped_by = processes.largest(signals.number)
             if step % section.save_steps == 0 or step == run.total_steps or stopped_by:
                 _checkpoint(run)
-            if stopped_by and step < run.total_steps:
+            if stopped_by:
                 raise Stopped(
                     stopped_by,
                     f"stopped by {signal.Signals(stopped_by).name} after step {step}; all is saved",
@@ -260,13 +257,8 @@ def _evaluate(run: Run, display: StepDisplay) -> None:
         started = time.perf_counter()
         scores = score_together(run)
         row = evaluation_row(scores, recipe.loss, progress.step, _epoch(run))
-        seconds = time.perf_counter() - started
         tokens = sum(flat_tokens(pair) for pair in run.held_out)
-        row |= {
-            "eval_seconds": seconds,
-            "eval_tokens_per_second": tokens / seconds,
-            "eval_peak_memory_gib": peak_memory_gib(run.processes.device),
-        }
+        row |= {f"eval_{key}": value for key, value in _cost(started, tokens, run.processes.device).items()}
         if run.metrics is not None:
             run.metrics.write(row)
             display.evaluated(row)
@@ -284,6 +276,16 @@ def _evaluate(run: Run, display: StepDisplay) -> None:
 
 def _epoch(run: Run) -> float:
     return run.train_set.epochs(run.progress.position, run.progress.pairs)
+
+
+def _cost(started: float, tokens: float, device: torch.device) -> dict[str, float]:
+    """What differs between two equal runs: time since `started`, speed, memory."""
+    seconds = time.perf_counter() - started
+    return {
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_memory_gib": peak_memory_gib(device),
+    }
 
 
 def _checkpoint(run: Run) -> None:
