@@ -1,8 +1,8 @@
 """What beta does: the same base and pairs trained with several betas and seeds, judged on held-out pairs.
 
-    python benchmarks/betas.py --model MODEL_DIR --data PAIRS [--betas 0,0.1,0.5] [--seeds 1,2,3] [--set KEY=VALUE ...]
+    python benchmarks/betas.py [--model MODEL --data PAIRS] [--betas 0,0.1,0.5] [--seeds 1,2,3] [--set KEY=VALUE ...]
 
-Each run is `orpo train` in a process of its own. Prints a Markdown table: accuracy and mean log-probs of the held-out
+Without a model and data, those of `orpo demo` are made. Each run is `orpo train` in a process of its own. Prints a Markdown table: accuracy and mean log-probs of the held-out
 pairs before and after, the spread over seeds, and the wall time of a whole run.
 """
 
@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from orpo_cli.demo import make_base, make_pairs
 
 RECIPE = """\
 model:
@@ -53,8 +55,8 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--data")
     parser.add_argument("--betas", default="0,0.1,0.5")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--set", action="append", default=[])
@@ -65,6 +67,11 @@ def main() -> None:
     print("| beta | accuracy | mean log-prob, chosen | mean log-prob, rejected | seconds a run |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
+        if options.model is None or options.data is None:
+            options.model, options.data = f"{scratch}/base", f"{scratch}/pairs.jsonl"
+            make_base(Path(options.model), seed=0)
+            make_pairs(Path(options.data), count=400, seed=0)
+            options.set += ["data.max_length=64"]
         recipe = Path(scratch) / "recipe.yaml"
         recipe.write_text(RECIPE.format(model=json.dumps(options.model), data=json.dumps(options.data)))
         for number, beta in enumerate(options.betas.split(",")):
