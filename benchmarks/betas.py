@@ -2,8 +2,9 @@
 
     python benchmarks/betas.py [--model MODEL --data PAIRS] [--betas 0,0.1,0.5] [--seeds 1,2,3] [--set KEY=VALUE ...]
 
-Without a model and data, those of `orpo demo` are made. Each run is `orpo train` in a process of its own. Prints a Markdown table: accuracy and mean log-probs of the held-out
-pairs before and after, the spread over seeds, and the wall time of a whole run.
+Without a model and data, those of `orpo demo` are made. Each run is `orpo train` in a process of its own. Prints a
+Markdown table: accuracy and mean log-probs of the held-out pairs before and after, the spread over seeds, and the wall
+time of a whole run.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,12 +13,22 @@ from typing import Any
 
 
 def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
-    """Make the directory `target` with what `fill` writes into it, atomically; one already there is replaced."""
+    """Make the directory `target` with what `fill` writes into it, atomically; one already there is replaced.
+
+    Raises OSError where the machine refuses, a full disk say; what was half written then goes.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    fill(unfinished)
+    try:
+        fill(unfinished)
+    except Exception as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        # safetensors says what the system said only in words: "I/O error: No space left on device (os error 28)".
+        if said := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(said[1]), os.strerror(int(said[1])), str(target)) from error
+        raise
     for path in sorted(unfinished.rglob("*")):
         sync(path)
     sync(unfinished)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -112,6 +113,16 @@ def test_what_cannot_be_filled_leaves_the_old_directory(tmp_path):
     with pytest.raises(OSError, match="full"):
         write_directory(target, failing)
     assert content(target) == {"a.txt": "old", "inner/b.txt": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]  # a full disk has no room for halves
+
+
+def test_a_full_disk_that_safetensors_met_is_one(tmp_path):
+    def failing(directory: Path) -> None:
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="No space left") as error:
+        write_directory(tmp_path / "target", failing)
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / "target"))
 
 
 def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
