@@ -16,7 +16,8 @@ from orpo_cli.model.logprobs import inference, stock_attention
 def prompt_ids(text: TextSide, prompt: str) -> list[int]:
     """Token ids of a prompt as in training: one user turn under the template, or as it is under `none`."""
     if text.template.source is None:
-        return text.tokenizer(prompt).input_ids
+        ids = text.tokenizer(prompt, add_special_tokens=False).input_ids
+        return [text.tokenizer.bos_token_id, *ids] if text.starts_with_bos else ids
     rendered = render(text.tokenizer, text.template, [Message("user", prompt)], add_generation_prompt=True)
     return text.tokenizer(rendered, add_special_tokens=False).input_ids
 

@@ -102,6 +102,8 @@ def merge_target(target: str, *, output: Path | None, base: str | None, dtype: s
 
     Raises InputError kinds for what is no adapter, and for an `output` that holds something.
     """
+    if not Path(target).is_dir():
+        raise InputError(f"there is no run or adapter {target}", "name a run's directory, or an adapter's")
     subject = find_subject(target, None, data="-")
     if subject.adapter is None:
         raise InputError(f"{target} has no adapter to merge", "a full fine-tune is whole in RUN/merged already")

@@ -81,15 +81,13 @@ class RunDirectory:
         return any((self.path / name).exists() for name in (*FILES, *DIRECTORIES))
 
     def claim(self, *, resume: bool, overwrite: bool) -> None:
-        """Make the directory ready for a run. Raises InputError if it holds one and neither option says what to do."""
+        """Make sure that a run may be written here; raise InputError if one is, and no option says what to do with it.
+
+        Nothing is deleted yet: `clear` does that once all else is known to be right.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file", "name another directory with --output-dir")
-        if overwrite:
-            for name in FILES:
-                (self.path / name).unlink(missing_ok=True)
-            for name in DIRECTORIES:
-                shutil.rmtree(self.path / name, ignore_errors=True)
-        elif self.holds_run() and not resume:
+        if self.holds_run() and not (resume or overwrite):
             raise InputError(
                 f"{self.path} already holds a run",
                 "--resume goes on with it, --overwrite starts anew, --output-dir names another directory",
@@ -98,6 +96,13 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.path} cannot be made: {error.strerror}", "name another --output-dir") from error
+
+    def clear(self) -> None:
+        """Remove the run that is here, and nothing else."""
+        for name in FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for name in DIRECTORIES:
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
 
 def open_run(path: Path) -> tuple[RunDirectory, Recipe]:

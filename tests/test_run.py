@@ -71,7 +71,10 @@ def test_overwriting_removes_what_a_run_writes_and_nothing_else(tmp_path):
     (run.path / "notes.txt").write_text("mine")
     (run.path / "plots").mkdir()
     (run.path / "plots" / "loss.png").write_text("mine")
+    before = contents(run.path)
     run.claim(resume=False, overwrite=True)
+    assert contents(run.path) == before  # nothing is lost before data and model are known to be right
+    run.clear()
     assert contents(run.path) == {"notes.txt", "plots", "plots/loss.png"}
 
 

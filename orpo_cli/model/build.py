@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from orpo_cli.data.templates import ChatTemplate, fit_tokenizer, resolve_template
+from orpo_cli.data.templates import ChatTemplate, adds_bos, fit_tokenizer, resolve_template
 from orpo_cli.data.tokenize import PairTokenizer
 from orpo_cli.errors import ModelError
 from orpo_cli.model.load import FreshRows, fit_vocabulary, load_config, load_model, load_tokenizer
@@ -29,6 +29,8 @@ class TextSide:
 
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
+    starts_with_bos: bool
+    """Whether BOS is put before a text that no template has written."""
     added_tokens: list[str]
     """Control tokens that the base's tokenizer did not have."""
 
@@ -72,7 +74,9 @@ def load_text_side(recipe: Recipe, saved_with: Path | None = None) -> TextSide:
         add_bos=recipe.data.add_bos,
         kwargs=dict(section.chat_template_kwargs),
     )
-    return TextSide(tokenizer, template, fit_tokenizer(tokenizer, template))
+    add_bos = recipe.data.add_bos
+    starts_with_bos = adds_bos(tokenizer) if add_bos == "auto" else add_bos
+    return TextSide(tokenizer, template, starts_with_bos, fit_tokenizer(tokenizer, template))
 
 
 def pair_tokenizer(recipe: Recipe, text: TextSide) -> PairTokenizer:

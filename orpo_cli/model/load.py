@@ -154,7 +154,7 @@ def _explained(section: ModelSection) -> Iterator[None]:
 
 
 def _explanation(name: str, local: bool, error: Exception) -> ModelError:
-    text = " ".join(str(error).split())
+    text = " ".join((str(error) if not isinstance(error, KeyError) else f"{error} is missing").split())
     chain: list[str] = []
     cause: BaseException | None = error
     while cause is not None and len(chain) < 8:

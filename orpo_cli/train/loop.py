@@ -164,7 +164,7 @@ def train_steps(run: Run) -> None:
             if step in evaluations:
                 _evaluate(run, display)
             stopped_by = processes.largest(signals.number)
-            if step % section.save_steps == 0 or step == run.total_steps or stopped_by:
+            if step % section.save_steps == 0 or step in (progress.best_step, run.total_steps) or stopped_by:
                 _checkpoint(run)
             if stopped_by:
                 raise Stopped(
@@ -264,7 +264,8 @@ def _evaluate(run: Run, display: StepDisplay) -> None:
             display.evaluated(row)
         name = recipe.train.metric_for_best_model
         sign = -1 if name.endswith(("loss", "perplexity")) else 1
-        if progress.step and (progress.best_value is None or sign * row[name] > sign * progress.best_value):
+        best = progress.best_value
+        if progress.step and math.isfinite(row[name]) and (best is None or sign * row[name] > sign * best):
             progress.best_step, progress.best_value = progress.step, row[name]
         if progress.step == run.total_steps:
             run.last_scores = scores

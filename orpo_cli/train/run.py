@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import platform
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +22,7 @@ from orpo_cli.data.batches import nll_positions
 from orpo_cli.data.dataset import PairSet, load_pairs
 from orpo_cli.data.order import Position
 from orpo_cli.data.tokenize import TokenizedPair
-from orpo_cli.errors import InputError
+from orpo_cli.errors import InputError, RunError
 from orpo_cli.evaluate import pair_lines, skipped, summarise
 from orpo_cli.files import to_json, to_json_lines, write_directory, write_file
 from orpo_cli.generate import answers
@@ -83,12 +85,18 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
     seed_everything(recipe.train.seed)
     built = build_for_training(recipe, text, processes.device)
     optimizer = Optimizer(built.model.named_parameters(), recipe.train)
-    checkpoint = find_checkpoint(run, start.resume_from) if resumes else None
-    progress = Progress()
-    if checkpoint is not None:
+    progress, total_steps = Progress(), train_set.total_steps(recipe.train)
+    if resumes and (checkpoint := find_checkpoint(run, start.resume_from)) is not None:
         check_unchanged(run, recipe, train_set.fingerprint)
         progress = restore(checkpoint, built, optimizer)
+        if progress.step > total_steps:
+            raise InputError(
+                f"{checkpoint} lies behind the recipe's {total_steps:,} steps",
+                "raise train.max_steps or num_train_epochs, or name an earlier one with --resume-from",
+            )
     if processes.is_main:
+        if start.overwrite:
+            run.clear()
         write_file(run.recipe, dump_recipe(recipe))
         write_file(run.manifest, to_json(manifest(recipe, start, processes, text, built, train_set, held_out)))
 
@@ -103,7 +111,7 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
         scaler=scaler,
         train_set=train_set,
         held_out=held_out.in_source_order() if held_out else [],
-        total_steps=train_set.total_steps(recipe.train),
+        total_steps=total_steps,
         max_tokens=max_tokens(recipe, processes.device),
         progress=progress,
         metrics=MetricsFile(run.metrics, progress.metrics_length) if processes.is_main else None,
@@ -114,10 +122,27 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
         save=lambda: save(run, recipe, built, optimizer, progress) if processes.is_main else None,
     )
     describe_run(loop, built)
-    train_steps(loop)
-    figures = finish(run, loop, text, built, held_out) if processes.is_main else {}
+    with out_of_memory_explained(loop.max_tokens):
+        train_steps(loop)
+        figures = finish(run, loop, text, built, held_out) if processes.is_main else {}
     processes.close()
     return figures
+
+
+@contextmanager
+def out_of_memory_explained(max_tokens: int) -> Iterator[None]:
+    """Say what to lower when memory runs out, on a device or (torch has no class of its own for it) on the CPU."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        if not is_memory:
+            raise
+        raise RunError(
+            "out of memory; the last checkpoint is sound",
+            f"lower train.max_tokens_per_microbatch (now {max_tokens:,}) or data.max_length, set "
+            "model.gradient_checkpointing: true or model.load_in_4bit: true, then --resume",
+        ) from error
 
 
 def make_deterministic(device: torch.device) -> None:
