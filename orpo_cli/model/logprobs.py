@@ -1,9 +1,9 @@
 """Backbone and log-probs as one module: a flat batch in, one log-prob a prediction out.
 
 Two ways, the same numbers. `shares_prefix`: the flat row goes through the backbone once with shared-prefix attention,
-and only rows that predict something go through the head, a chunk at a time, so that no logits of a whole batch ever
-exist. Otherwise (models whose attention cannot be replaced): chosen and rejected as separate right-padded sequences
-through the stock forward. `why_not_shared` decides between them by trying both on a probe.
+and only rows that predict something go through the head (head.py). Otherwise (models whose attention cannot be
+replaced): chosen and rejected as separate right-padded sequences through the stock forward. `why_not_shared` decides
+between them by trying both on a probe.
 
 Shapes: T tokens, P pairs, L padded length, M predictions, E hidden size, V vocabulary.
 """
@@ -16,15 +16,12 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from orpo_cli.data.batches import FlatBatch, flat_batch
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.model import attention
-
-# Rows that go through the head at a time: bounds the logits alive to CHUNK_ROWS x V.
-CHUNK_ROWS = 512
+from orpo_cli.model.head import Head, target_logps
 
 
 class PairLogprobs(nn.Module):
@@ -49,43 +46,10 @@ class PairLogprobs(nn.Module):
                 segments=batch.segments,
                 use_cache=False,
             ).last_hidden_state[0]  # (T, E)
-            return self._head_logps(hidden[batch.rows], batch.targets)
+            return Head.of(self.model).target_logps(hidden.index_select(0, batch.rows), batch.targets)
         input_ids, attention_mask, sequence, position = padded(batch)
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # (2P, L, V)
         return target_logps(logits[sequence[batch.rows], position[batch.rows]], batch.targets)
-
-    def _head_logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Log-probs (M,) of targets (M,) given hidden states (M, E), by chunks recomputed in backward."""
-
-        def chunk_logps(hidden: Tensor, targets: Tensor) -> Tensor:
-            return target_logps(head_logits(self.model, hidden), targets)
-
-        chunks = []
-        for rows, wanted in zip(hidden.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True):
-            if torch.is_grad_enabled():
-                chunks.append(checkpoint(chunk_logps, rows, wanted, use_reentrant=False))
-            else:
-                chunks.append(chunk_logps(rows, wanted))
-        return torch.cat(chunks)
-
-
-def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    """log softmax of logits (M, V) at targets (M,), in float32 whatever the logits' dtype -> (M,)."""
-    logits = logits.float()
-    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
-
-
-def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits (M, V) of hidden states (M, E), with what some families do after the head's matrix product."""
-    logits = model.get_output_embeddings()(hidden)
-    config = model.config
-    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
-        logits = logits * scale
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
-        logits = logits / divisor
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
-        logits = torch.tanh(logits / cap) * cap
-    return logits
 
 
 def padded(batch: FlatBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
