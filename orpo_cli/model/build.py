@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from orpo_cli.data.templates import ChatTemplate, adds_bos, fit_tokenizer, resolve_template
 from orpo_cli.data.tokenize import PairTokenizer
 from orpo_cli.errors import ModelError
+from orpo_cli.model.fused_lora import fuse_lora
 from orpo_cli.model.load import FreshRows, fit_vocabulary, load_config, load_model, load_tokenizer
 from orpo_cli.model.logprobs import PairLogprobs, why_not_shared
 from orpo_cli.model.lora import add_lora, load_adapter
@@ -153,6 +154,7 @@ def build_for_scoring(
 
 def _with_engine(section: ModelSection, model: PreTrainedModel | PeftModel, rows: list[int]) -> Built:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    fuse_lora(base)
     if section.shared_prefix is False:
         why: str | None = "model.shared_prefix is false"
     elif section.attn_implementation != "auto":
