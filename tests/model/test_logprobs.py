@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from orpo_cli.data.batches import flat_batch
+from orpo_cli.model import attention
 from orpo_cli.model.logprobs import PairLogprobs, why_not_shared
 from tests.tiny import FAMILIES, random_pairs, tiny_model
 
@@ -90,3 +91,18 @@ def test_gradient_checkpointing_changes_nothing():
 def test_a_model_whose_layers_ignore_the_registration_is_found_out():
     assert "take another attention function" in why_not_shared(tiny_model("gpt_neo"))
     assert "soft-capped" in why_not_shared(tiny_model("gemma2"))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def test_long_segments_take_another_kernel_to_the_same_numbers(family, monkeypatch):
+    model, pairs = tiny_model(family), random_pairs(4, seed=9)
+    batch, results = flat_batch(pairs, "response"), []
+    for folded_keys in (1024, 0):
+        monkeypatch.setattr(attention, "FOLDED_KEYS", folded_keys)
+        model.zero_grad()
+        logps = PairLogprobs(model, shares_prefix=True)(batch)
+        logps.sum().backward()
+        results.append((logps.detach(), gradients(model)))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-5)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, atol=1e-4, rtol=1e-3)
