@@ -30,6 +30,8 @@ lint: $(INSTALLED)  ## Format, lint and types
 
 check: lint test  ## lint and test: what has to pass
 
-bench: $(INSTALLED)  ## Run the benchmarks
-	@ls benchmarks/*.py >/dev/null 2>&1 || echo "there are no benchmarks yet"
-	@set -e; for file in $(wildcard benchmarks/*.py); do $(BIN)/python $$file; done
+bench: $(INSTALLED)  ## Benchmarks; speed as well with DATA=hh-rlhf.jsonl TOKENIZER=dir (TRL=python of an environment with trl)
+	$(BIN)/python benchmarks/betas.py
+ifdef DATA
+	$(BIN)/python benchmarks/speed.py --data $(DATA) --tokenizer $(TOKENIZER) $(if $(TRL),--trl $(TRL))
+endif
