@@ -30,6 +30,7 @@ FAMILIES: dict[str, tuple[dict, bool]] = {
     "mistral": ({"sliding_window": 7}, True),
     "gemma2": ({"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}, False),
     "gemma3_text": ({"sliding_window": 7, "query_pre_attn_scalar": 8}, True),
+    "phi": ({"resid_pdrop": 0.0, "embd_pdrop": 0.0}, True),
     "phi3": ({}, True),
     "olmo2": ({}, True),
     "granite": ({"logits_scaling": 3.0, "residual_multiplier": 0.5}, True),

@@ -43,6 +43,8 @@ def shared_prefix_attention(
 
     `sliding_window` counts keys, the query's own included, as transformers does.
     """
+    if attention_mask is not None:
+        raise ValueError("the model brings a mask of its own")
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ValueError("soft-capped attention and attention sinks have no shared-prefix kernel")
 
@@ -53,6 +55,11 @@ def shared_prefix_attention(
         queries, keys = q.shape[2], k.shape[2]
         windowed = sliding_window is not None and keys > sliding_window
         masked = windowed or queries < keys
+        shares_keys = q.shape[1] != k.shape[1]
+        if masked and shares_keys and q.device.type == "cuda":
+            # With a mask, sharing keys would send CUDA to the kernel that writes out all scores in float32.
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+            shares_keys = False
         return F.scaled_dot_product_attention(
             q,
             k,
@@ -61,7 +68,7 @@ def shared_prefix_attention(
             dropout_p=dropout,
             is_causal=not masked,
             scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
+            enable_gqa=shares_keys,
         )
 
     # Split rather than sliced: the gradient of a slice is a zero-filled tensor of the whole row's size.
@@ -94,18 +101,18 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, sliding_wind
     long sequences; keeps the (H, Q, K) probabilities for backward.
     """
     (heads, queries, size), (key_heads, keys) = q.shape[1:], k.shape[1:3]
-    folds = heads // key_heads
-    hidden = _hidden_scores(queries, keys, sliding_window, folds, q.dtype)
-    folded = q.reshape(key_heads, folds * queries, size)
-    scores = torch.baddbmm(hidden, folded, k[0].transpose(1, 2), alpha=size**-0.5 if scaling is None else scaling)
+    folded = (q * (size**-0.5 if scaling is None else scaling)).reshape(key_heads, -1, size)
+    scores = torch.bmm(folded, k[0].transpose(1, 2))  # (G, H / G * Q, K)
+    unseen = _unseen(sliding_window, q.dtype)[keys - queries : keys, :keys]
+    scores.view(-1, queries, keys).add_(unseen)
     return torch.bmm(scores.softmax(-1), v[0]).view(1, heads, queries, -1)
 
 
-@lru_cache(maxsize=64)
-def _hidden_scores(queries: int, keys: int, sliding_window: int | None, folds: int, dtype: torch.dtype) -> Tensor:
-    """(folds * Q, K): 0 where a key is seen and -inf where it is not; the same in every layer of a batch."""
-    seen = visible(queries, keys, sliding_window, torch.device("cpu"))
-    return torch.zeros(queries, keys, dtype=dtype).masked_fill_(~seen, float("-inf")).repeat(folds, 1)
+@lru_cache(maxsize=8)
+def _unseen(sliding_window: int | None, dtype: torch.dtype) -> Tensor:
+    """(FOLDED_KEYS, FOLDED_KEYS): 0 where a key is seen, -inf where it is not; every shorter segment's is a corner."""
+    seen = visible(FOLDED_KEYS, FOLDED_KEYS, sliding_window, torch.device("cpu"))
+    return torch.zeros(FOLDED_KEYS, FOLDED_KEYS, dtype=dtype).masked_fill_(~seen, float("-inf"))
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)

@@ -41,6 +41,11 @@ class TextSide:
         return [self.tokenizer.convert_tokens_to_ids(token) for token in self.template.control_tokens]
 
     @property
+    def added_ids(self) -> list[int]:
+        """Ids of the tokens that were added to the vocabulary."""
+        return [self.tokenizer.convert_tokens_to_ids(token) for token in self.added_tokens]
+
+    @property
     def stop_id(self) -> int:
         """Id of the token that ends a turn."""
         return self.tokenizer.convert_tokens_to_ids(self.template.end_of_turn)
@@ -123,7 +128,7 @@ def build_for_training(recipe: Recipe, text: TextSide, device: torch.device) -> 
     What is drawn at random comes from torch's random state.
     """
     base = load_model(recipe.model, device)
-    fresh = fit_vocabulary(base, text.tokenizer, text.control_ids)
+    fresh = fit_vocabulary(base, text.tokenizer, text.control_ids, text.added_ids)
     model: PreTrainedModel | PeftModel = base
     rows = sorted(fresh.untrained + fresh.added)
     if recipe.lora is not None:
@@ -146,7 +151,7 @@ def build_for_scoring(
 ) -> Built:
     """Base, or base with a saved adapter, exactly as it was trained; nothing of it will be trained."""
     base = load_model(section, device, quantise=quantise)
-    fit_vocabulary(base, text.tokenizer, text.control_ids)
+    fit_vocabulary(base, text.tokenizer, text.control_ids, text.added_ids)
     model = base if adapter is None else load_adapter(base, adapter)
     model.requires_grad_(False)
     return _with_engine(section, model, [])
@@ -172,8 +177,8 @@ def _with_engine(section: ModelSection, model: PreTrainedModel | PeftModel, rows
 def rows_to_train(section: LoraSection, text: TextSide, fresh: FreshRows) -> list[int]:
     """Token ids whose rows are trained beside the adapters, ascending.
 
-    `lora.trainable_tokens` decides; rows that were added to the model are trained always, since nobody who loads the
-    adapter could know their values otherwise. Raises ModelError for a token that the tokenizer does not have.
+    Fresh rows always are: they start at values that are not the base's, and nobody who loads the adapter could know
+    them otherwise. `lora.trainable_tokens` may name more. Raises ModelError for a token that the tokenizer has not.
     """
     if section.trainable_tokens == "auto":
         return sorted(fresh.untrained + fresh.added)
@@ -184,7 +189,7 @@ def rows_to_train(section: LoraSection, text: TextSide, fresh: FreshRows) -> lis
             f"lora.trainable_tokens: the tokenizer has no token {', '.join(map(repr, unknown))}",
             "name single tokens of the vocabulary, or leave it auto",
         )
-    return sorted({*fresh.added, *(vocabulary[token] for token in section.trainable_tokens)})
+    return sorted({*fresh.untrained, *fresh.added, *(vocabulary[token] for token in section.trainable_tokens)})
 
 
 def set_stop_tokens(model: PreTrainedModel, text: TextSide) -> None:

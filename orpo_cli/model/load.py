@@ -16,7 +16,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,6 +35,9 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 huggingface_hub.utils.enable_progress_bars()  # but a download of many gigabytes shows its progress
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|bitsandbytes")
+
+# A repository without safetensors is refused in our own words; nobody is asked to convert it, nothing is sent anywhere.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -92,7 +95,7 @@ def load_model(section: ModelSection, device: torch.device, *, quantise: bool = 
     if quantise and (section.load_in_4bit or section.load_in_8bit):
         arguments["quantization_config"] = quantisation(section, dtype)
     with _explained(section):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             section.name_or_path,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
@@ -100,7 +103,15 @@ def load_model(section: ModelSection, device: torch.device, *, quantise: bool = 
             dtype=dtype,
             use_safetensors=True,
             device_map={"": device},
+            output_loading_info=True,
             **arguments,
+        )
+    # Weights that are missing would be made up at random, without a word.
+    if absent := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
+        raise ModelError(
+            f"the weights of {section.name_or_path} lack {len(absent)} tensors or have them in other shapes: "
+            f"{', '.join(absent[:3])}",
+            "download or copy them again; config.json and weights must belong together",
         )
     model.config.use_cache = False
     return model.train()
@@ -208,11 +219,14 @@ class FreshRows:
     """Rows that it had and that were never trained."""
 
 
-def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, control_ids: list[int]) -> FreshRows:
+def fit_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, control_ids: list[int], new_ids: list[int]
+) -> FreshRows:
     """Give every token of the tokenizer a row, and every control token a row that can be trained from.
 
-    Rows are added where the tokenizer has more tokens than the model; those, and rows of `control_ids` that were never
-    trained, start at the mean of the trained rows.
+    Rows are added where the tokenizer has more tokens than the model. Those start at the mean of the trained rows, and
+    so do rows that were never trained: the ones of `new_ids`, which the tokenizer has just been taught and a model with
+    rows to spare has room for, and those of `control_ids` that look it, in the input or the output embeddings.
 
     Raises ModelError when tokenizer and model do not belong together.
     """
@@ -223,22 +237,23 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, c
             f"the tokenizer has {len(tokenizer):,} tokens and the model {rows:,}: they do not belong together",
             "use the tokenizer that came with the model",
         )
-    untrained = sorted(i for i in set(control_ids) if i < rows and _is_untrained(model, i))
     added = list(range(rows, len(tokenizer)))
-    fresh = untrained + added
-    if not fresh:
-        return FreshRows([], [])
+    unlearnt = [
+        sorted(i for i in {*control_ids, *new_ids} if i < rows and (i in new_ids or _is_untrained(weight, i)))
+        for weight in _embedding_weights(model)
+    ]
     if missing > 0:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():
-        for weight in _embedding_weights(model):
-            trained = torch.ones(rows, dtype=torch.bool, device=weight.device)
-            trained[untrained] = False
-            weight[fresh] = weight[:rows][trained].float().mean(0).to(weight.dtype)
+        for weight, untrained in zip(_embedding_weights(model), unlearnt, strict=True):
+            if fresh := untrained + added:
+                trained = torch.ones(rows, dtype=torch.bool, device=weight.device)
+                trained[untrained] = False
+                weight[fresh] = weight[:rows][trained].float().mean(0).to(weight.dtype)
         outputs = model.get_output_embeddings()
         if missing > 0 and outputs is not None and getattr(outputs, "bias", None) is not None:
             outputs.bias[rows:] = outputs.bias[:rows].float().mean()
-    return FreshRows(added, untrained)
+    return FreshRows(added, sorted({row for rows_of_one in unlearnt for row in rows_of_one}))
 
 
 def _embedding_weights(model: PreTrainedModel) -> list[nn.Parameter]:
@@ -247,10 +262,7 @@ def _embedding_weights(model: PreTrainedModel) -> list[nn.Parameter]:
     return [inputs.weight] if outputs is None or outputs.weight is inputs.weight else [inputs.weight, outputs.weight]
 
 
-def _is_untrained(model: PreTrainedModel, row: int) -> bool:
-    """Whether an embedding row was never trained: next to zero, or the very same as another reserved token's."""
-    for weight in _embedding_weights(model):
-        typical = weight[: min(len(weight), 4096)].float().norm(dim=1).median()
-        if weight[row].float().norm() < 1e-3 * typical or (weight == weight[row]).all(1).sum() > 1:
-            return True
-    return False
+def _is_untrained(weight: Tensor, row: int) -> bool:
+    """Whether a row of (V, E) was never trained: next to zero, or the very same as another reserved token's."""
+    typical = weight[: min(len(weight), 4096)].float().norm(dim=1).median()
+    return bool(weight[row].float().norm() < 1e-3 * typical or (weight == weight[row]).all(1).sum() > 1)

@@ -23,9 +23,21 @@ def add_lora(model: PreTrainedModel, section: LoraSection, trained_rows: list[in
     torch's random state. Raises ModelError when nothing matches `target_modules`.
     """
     if section.adapter is not None:
-        return load_adapter(model, section.adapter, trainable=True)
-    inputs, outputs = embedding_names(model)
-    names = [name.rpartition(".")[2] for name in (inputs, outputs) if name is not None]
+        adapted = load_adapter(model, section.adapter, trainable=True)
+        _check_rows(adapted, trained_rows, section.adapter)
+        return adapted
+    # What is trained and saved whole needs no rows of its own.
+    names = [
+        name
+        for name in (path.rpartition(".")[2] for path in embedding_names(model) if path is not None)
+        if name not in section.modules_to_save
+    ]
+    outputs = model.get_output_embeddings()
+    if trained_rows and getattr(outputs, "bias", None) is not None and len(names) == 2:
+        raise ModelError(
+            "the model's output embeddings have a bias, which peft loses when it trains single token rows",
+            f"set lora.modules_to_save: [{names[1]}], or a template without new tokens (model.chat_template: plain)",
+        )
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=section.r,
@@ -38,16 +50,27 @@ def add_lora(model: PreTrainedModel, section: LoraSection, trained_rows: list[in
         use_dora=section.use_dora,
         init_lora_weights=section.init_lora_weights,
         rank_pattern={**section.rank_pattern},
-        trainable_token_indices=dict.fromkeys(names, trained_rows) if trained_rows else None,
+        trainable_token_indices=dict.fromkeys(names, trained_rows) if trained_rows and names else None,
     )
     try:
         return get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         raise ModelError(
             f"LoRA cannot be added: {' '.join(str(error).split())[:300]}",
             f"lora.target_modules may be all-linear or some of: {', '.join(sorted(linear))}",
         ) from error
+
+
+def _check_rows(model: PeftModel, rows: list[int], adapter: str) -> None:
+    """Raise ModelError when rows are to be trained that the loaded adapter has no place for."""
+    indices = model.peft_config["default"].trainable_token_indices or {}
+    per_module = list(indices.values()) if isinstance(indices, dict) else [indices]
+    if rows and (not per_module or any(not set(rows) <= set(of_one) for of_one in per_module)):
+        raise ModelError(
+            f"the adapter {adapter} holds no rows for the template's new tokens",
+            "go on with the template it was trained with, or begin a new adapter: remove lora.adapter",
+        )
 
 
 def load_adapter(model: PreTrainedModel, directory: str | Path, *, trainable: bool = False) -> PeftModel:

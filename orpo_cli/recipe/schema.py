@@ -135,7 +135,7 @@ class LoraSection(Section):
     """Name endings of layers that get none."""
     trainable_tokens: Literal["auto"] | list[Text] = "auto"
     """Tokens whose embedding rows are trained beside the adapter. `auto`: those of the template that were added or
-    never trained; []: none."""
+    never trained; a list: these as well."""
     modules_to_save: list[Text] = []
     """Layers trained whole and saved with the adapter, e.g. `[embed_tokens, lm_head]`."""
     use_rslora: bool = False

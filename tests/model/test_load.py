@@ -154,7 +154,7 @@ def test_new_tokens_get_rows_at_the_mean(tiny_base, tied):
     model, tokenizer, ids = grown(tiny_base, ["<|a|>", "<|b|>"], tied)
     before = model.get_input_embeddings().weight.detach().clone()
     head = model.get_output_embeddings().weight.detach().clone()
-    fresh = fit_vocabulary(model, tokenizer, ids)
+    fresh = fit_vocabulary(model, tokenizer, ids, ids)
     assert fresh.added == ids
     assert fresh.untrained == []
     inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -172,17 +172,17 @@ def test_rows_that_were_never_trained_are_found_and_start_at_the_mean_of_the_oth
     with torch.no_grad():
         weight[5] = 1e-9  # as in Llama 3's reserved tokens
         weight[6] = weight[7]
-    fresh = fit_vocabulary(model, tokenizer, [4, 5, 6])
+    fresh = fit_vocabulary(model, tokenizer, [4, 5, 6], [])
     assert fresh.untrained == [5, 6]
     others = [i for i in range(len(weight)) if i not in (5, 6)]
     torch.testing.assert_close(weight[5], weight[others].mean(0))
-    assert fit_vocabulary(model, tokenizer, [4]).untrained == []
+    assert fit_vocabulary(model, tokenizer, [4], []).untrained == []
 
 
 def test_spare_rows_of_the_model_stay(tiny_base):
     model, tokenizer, _ = grown(tiny_base, [])
     model.resize_token_embeddings(300)
-    assert fit_vocabulary(model, tokenizer, []).added == []
+    assert fit_vocabulary(model, tokenizer, [], []).added == []
     assert len(model.get_input_embeddings().weight) == 300
 
 
@@ -190,8 +190,38 @@ def test_a_tokenizer_of_another_model_is_refused(tiny_base):
     model, tokenizer, _ = grown(tiny_base, [])
     tokenizer.add_tokens([f"word{i}" for i in range(1000)])
     with pytest.raises(ModelError, match="do not belong together"):
-        fit_vocabulary(model, tokenizer, [])
+        fit_vocabulary(model, tokenizer, [], [])
 
 
 def test_a_tokenizer_loads_from_a_directory(tiny_base):
     assert load_tokenizer(section(tiny_base)).eos_token == "</s>"
+
+
+def test_new_tokens_that_fall_into_spare_rows_are_fresh_too(tiny_base):
+    model, tokenizer, ids = grown(tiny_base, ["<|a|>", "<|b|>"])
+    model.resize_token_embeddings(320)
+    fresh = fit_vocabulary(model, tokenizer, ids, ids)
+    assert (fresh.added, fresh.untrained) == ([], ids)
+    weight = model.get_input_embeddings().weight
+    torch.testing.assert_close(weight[ids[0]], weight[[i for i in range(320) if i not in ids]].mean(0))
+
+
+def test_a_row_that_was_trained_in_one_matrix_stays_there(tiny_base):
+    model, tokenizer, _ = grown(tiny_base, [])
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] = 0
+    before = model.get_input_embeddings().weight[5].clone()
+    assert fit_vocabulary(model, tokenizer, [5], []).untrained == [5]
+    assert torch.equal(model.get_input_embeddings().weight[5], before)
+    assert model.get_output_embeddings().weight[5].norm() > 0
+
+
+def test_weights_that_are_missing_are_not_made_up(tiny_base, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_base, tmp_path / "m")
+    weights = load_file(tmp_path / "m/model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lack 1 tensors.*layers\.1\.mlp\.up_proj"):
+        load_model(section(tmp_path / "m"), CPU)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from orpo_cli.errors import ModelError
 from orpo_cli.model.lora import add_lora, load_adapter, save_adapter
 from orpo_cli.recipe import LoraSection
+from tests.tiny import tiny_model
 
 
 @pytest.fixture
@@ -99,3 +100,18 @@ def test_a_pickled_adapter_is_not_loaded(base, tiny_base, tmp_path):
     torch.save({}, tmp_path / "adapter_model.bin")
     with pytest.raises(ModelError, match="safetensors"):
         load_adapter(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path)
+
+
+def test_an_adapter_without_rows_for_new_tokens_is_refused(base, tiny_base, tmp_path):
+    save_adapter(add_lora(base, LoraSection(r=3), []), tmp_path, base=str(tiny_base), revision="main")
+    with pytest.raises(ModelError, match="no rows for the template"):
+        add_lora(AutoModelForCausalLM.from_pretrained(tiny_base), LoraSection(adapter=str(tmp_path)), [3, 4])
+
+
+def test_a_head_with_a_bias_is_trained_whole_or_refused():
+    model = tiny_model("phi")
+    with pytest.raises(ModelError, match="bias") as caught:
+        add_lora(model, LoraSection(), [3])
+    assert "modules_to_save: [lm_head]" in caught.value.hint
+    adapted = add_lora(tiny_model("phi"), LoraSection(modules_to_save=["lm_head"]), [3])
+    assert adapted.peft_config["default"].trainable_token_indices == {"embed_tokens": [3]}
