@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from orpo_cli import __version__
-from orpo_cli.errors import InputError, OrpoError, RunError
+from orpo_cli.errors import InputError, OrpoError, RunError, is_out_of_memory
 
 app = typer.Typer(
     name="orpo",
@@ -152,12 +152,17 @@ def _exit_code() -> int:
         command = context.command_path if context else "orpo"
         _print_error(error.format_message(), f"{command} --help says what it takes")
         return InputError.exit_code
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return RunError.exit_code
     except OSError as error:
-        if error.errno not in _REFUSALS:
+        hint = "a run goes on with --resume once it is mended" if error.errno in _REFUSALS else None
+        _print_error(f"{error.filename or 'input or output'}: {error.strerror or error}", hint)
+        return RunError.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
-        _print_error(
-            f"{error.filename or 'writing'}: {error.strerror}", "a run goes on with --resume once it is mended"
-        )
+        _print_error("out of memory", "lower data.max_length, or set model.load_in_4bit: true")
         return RunError.exit_code
     except (KeyboardInterrupt, typer.Abort):
         _print_error("interrupted", None)

@@ -46,6 +46,12 @@ class RunError(OrpoError, RuntimeError):
     exit_code = 1
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, a device's, or (torch has no class of its own for it) the CPU allocator's."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+
+
 class Stopped(OrpoError):  # noqa: N818 - to be stopped is no error
     """A signal stopped the run after everything was saved."""
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from orpo_cli.data.batches import cut_by_tokens, flat_batch, nll_positions
+from orpo_cli.data.batches import flat_batch, nll_positions
 from orpo_cli.data.dataset import DROP_REASONS, PairSet, load_held_out
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.files import to_json, to_json_lines, write_file
@@ -57,19 +57,21 @@ def score_pairs(
     place = {id(pair): i for i, pair in enumerate(pairs)}
     columns = np.zeros((4, len(pairs)))
     with inference(logprobs), torch.no_grad():
-        for micro in _micro_batches(pairs, max_tokens):
+        for micro in _micro_batches(logprobs, pairs, max_tokens):
             batch = flat_batch(micro, nll_tokens).to(device)
             logps = logprobs(batch)
             values = torch.stack([batch.chosen.means(logps), batch.rejected.means(logps), -batch.nll.sums(logps)])
             where = [place[id(pair)] for pair in micro]
-            columns[:3, where] = values.double().cpu().numpy()
+            columns[:3, where] = values.cpu().double().numpy()
             columns[3, where] = [len(nll_positions(pair, nll_tokens)) for pair in micro]
     return Scores(*columns)
 
 
-def _micro_batches(pairs: Sequence[TokenizedPair], max_tokens: int) -> Iterator[list[TokenizedPair]]:
+def _micro_batches(
+    logprobs: PairLogprobs, pairs: Sequence[TokenizedPair], max_tokens: int
+) -> Iterator[list[TokenizedPair]]:
     for start in range(0, len(pairs), _WINDOW):
-        yield from cut_by_tokens(pairs[start : start + _WINDOW], max_tokens)
+        yield from logprobs.micro_batches(pairs[start : start + _WINDOW], max_tokens)
 
 
 def _log_odds(logps: np.ndarray) -> np.ndarray:

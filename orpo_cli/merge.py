@@ -107,7 +107,9 @@ def merge_target(target: str, *, output: Path | None, base: str | None, dtype: s
     subject = find_subject(target, None, data="-")
     if subject.adapter is None:
         raise InputError(f"{target} has no adapter to merge", "a full fine-tune is whole in RUN/merged already")
-    changes = {"dtype": dtype} | ({"name_or_path": base, "revision": "main"} if base else {})
+    changes = {"name_or_path": base, "revision": "main"} if base else {}
+    if dtype != "auto":
+        changes["dtype"] = dtype
     section = subject.recipe.model.model_copy(update=changes)
     recipe = subject.recipe.model_copy(update={"model": section})
     path = Path(target)

@@ -116,12 +116,13 @@ def open_run(path: Path) -> tuple[RunDirectory, Recipe]:
 # What may change between a run and its resumption: it leaves the result as it is, or is meant to prolong the run.
 _FREE_KEYS = {
     "train": {"num_train_epochs", "max_steps", "max_tokens_per_microbatch", "logging_steps", "eval_steps", "save_steps"}
-    | {"save_total_limit", "sample_prompts", "eval_on_start", "metric_for_best_model"},
+    | {"save_total_limit", "sample_prompts", "eval_on_start"},
+    "model": {"gradient_checkpointing"},
     "output": {"dir", "merge", "trackers"},
 }
 
 
-def check_unchanged(run: RunDirectory, recipe: Recipe, fingerprint: str) -> None:
+def check_unchanged(run: RunDirectory, recipe: Recipe, fingerprint: str, *, streamed: bool) -> None:
     """Raise InputError when a run to be resumed was made by another recipe or from other data, or is none."""
     if not run.recipe.is_file():
         raise InputError(f"{run.path} holds no run to go on with", "give the checkpoint's own run with --output-dir")
@@ -141,6 +142,11 @@ def check_unchanged(run: RunDirectory, recipe: Recipe, fingerprint: str) -> None
             "set them as in its recipe.yaml, or start a new run with --output-dir",
         )
     sources = read_manifest(run).get("data", {}).get("train", {}).get("sources", [])
+    if any(source["streamed"] for source in sources) != streamed:
+        raise InputError(
+            f"{run.path} was started with its data {'held in memory' if streamed else 'streamed'}, in another order",
+            f"set data.streaming: {'false' if streamed else 'true'}",
+        )
     if "+".join(source["fingerprint"] for source in sources) != fingerprint:
         raise InputError(f"the training data has changed since {run.path} was started", "start a new run")
 
@@ -178,7 +184,8 @@ def find_subject(target: str, recipe: Recipe | None, data: str | None) -> Subjec
         adapter = run.adapter if own.lora is not None else None
         if not (run.adapter if adapter else run.merged).is_dir():
             raise InputError(f"{path} is not finished: it has no {'adapter' if adapter else 'merged'}/", "--resume it")
-        recipe = recipe or own
+        base = {key: getattr(own.model, key) for key in ("name_or_path", "revision", "load_in_4bit", "load_in_8bit")}
+        recipe = own if recipe is None else recipe.model_copy(update={"model": recipe.model.model_copy(update=base)})
         subject = (
             Subject(recipe, adapter, None) if adapter else Subject(_by_itself(recipe, str(run.merged)), None, None)
         )
@@ -197,7 +204,8 @@ def find_subject(target: str, recipe: Recipe | None, data: str | None) -> Subjec
         subject = Subject(_by_itself(around, target) if around else minimal_recipe(target, data), None, None)
     if data is None:
         return subject
-    section = subject.recipe.data.model_copy(update={"eval": [SourceSpec(path=data)]})
+    # The filter is for the training data; other data need not have its columns.
+    section = subject.recipe.data.model_copy(update={"eval": [SourceSpec(path=data)], "filter": []})
     return dataclasses.replace(subject, recipe=subject.recipe.model_copy(update={"data": section}))
 
 

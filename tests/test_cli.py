@@ -158,7 +158,7 @@ def test_a_directory_that_holds_a_run(orpo, tiny_recipe, tiny_run):
 def test_a_missing_checkpoint(orpo, tiny_recipe, tmp_path):
     code, out, err = orpo("train", tiny_recipe(), "--resume-from", tmp_path / "step-000009")
     assert (code, out) == (2, "")
-    assert f"error: there is no checkpoint {tmp_path / 'step-000009'}" in err
+    assert f"error: {tmp_path / 'step-000009'} is no checkpoint of this run" in err
 
 
 # A run, from here on with everything it says

@@ -181,6 +181,19 @@ def cut_by_tokens(pairs: Sequence[TokenizedPair], max_tokens: int) -> list[list[
     return bins
 
 
+def cut_by_padded_tokens(pairs: Sequence[TokenizedPair], max_tokens: int) -> list[list[TokenizedPair]]:
+    """The same for a batch in which both sides of a pair are sequences padded to the longest: near lengths together."""
+    longest = [max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
+    batches: list[list[TokenizedPair]] = []
+    width = 0
+    for i in sorted(range(len(pairs)), key=lambda i: (-longest[i], i)):
+        if not batches or 2 * (len(batches[-1]) + 1) * width > max_tokens:
+            batches.append([])
+            width = longest[i]
+        batches[-1].append(pairs[i])
+    return batches
+
+
 def _int64(parts: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 

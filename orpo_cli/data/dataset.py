@@ -139,6 +139,9 @@ class PairSet:
     excluded: set[int] = field(default_factory=set)
     """Positions of usable pairs that are not in this set: held out, or duplicates."""
     dropped: Counter[str] = field(default_factory=Counter)
+    rows_read: int = 0
+    """Rows of an uncounted stream that have been read so far, each once."""
+    _counted: set[int] = field(default_factory=set)
     examples: dict[str, str] = field(default_factory=dict)
     """For each reason of dropping, where the first such row stands and what is wrong with it."""
 
@@ -214,17 +217,34 @@ class PairSet:
         number = offset // BLOCK_ROWS
         rows = self.reader.read(number * BLOCK_ROWS)
         while block := [
-            result if isinstance(result, TokenizedPair) and index not in self.excluded else None
-            for index, _, result in islice(rows, BLOCK_ROWS)
+            (index, result if index not in self.excluded else None) for index, _, result in islice(rows, BLOCK_ROWS)
         ]:
-            yield number, number * BLOCK_ROWS, block
+            if self.rows is None:
+                self._count(
+                    number, [(index, result) for index, result in block if isinstance(result, Drop)], len(block)
+                )
+            pairs = [result if isinstance(result, TokenizedPair) else None for _, result in block]
+            yield number, number * BLOCK_ROWS, pairs
             number += 1
+
+    def _count(self, number: int, drops: list[tuple[int, Drop]], rows: int) -> None:
+        """Count what is dropped from a stream that no pass has counted; each block once. Raises DataError."""
+        if number in self._counted:
+            return
+        self._counted.add(number)
+        self.rows_read += rows
+        for index, drop in drops:
+            self.dropped[drop.reason] += 1
+            self.examples.setdefault(drop.reason, f"{self.reader.where(index)}: {drop.detail}")
+        if self.rows_read > len(drops):  # else there is no pair at all, which is told elsewhere
+            _check_dropped_share(self)
 
     @property
     def dropped_share(self) -> float:
         """Share of the rows that were dropped for a fault, not on purpose."""
         faulty = sum(count for reason, count in self.dropped.items() if reason not in _WANTED_DROPS)
-        return faulty / self.rows if self.rows else 0.0
+        rows = self.rows or self.rows_read
+        return faulty / rows if rows else 0.0
 
     def drop_lines(self) -> list[str]:
         """For each reason of dropping: how many rows, and the first of them."""
@@ -247,7 +267,7 @@ class PairSet:
                 }
                 for source in self.reader.sources
             ],
-            "rows": self.rows,
+            "rows": self.rows if self.rows is not None else self.rows_read,
             "pairs": self.pairs,
             "dropped": dict(sorted(self.dropped.items())),
         }
@@ -320,7 +340,7 @@ def survey(
                 source.stop_row = rows - source.start
                 break
     pairs.rows, pairs.pairs = rows, usable
-    _check_dropped(pairs, section)
+    _check_dropped(pairs)
     if holdout is None:
         return pairs, None
     return _hold_out(pairs, prompts, holdout)
@@ -367,13 +387,17 @@ def _hold_out(pairs: PairSet, prompts: dict[bytes, list[int]], holdout: Holdout)
     return pairs, PairSet(pairs.reader, rows=pairs.rows, pairs=len(held), held=held)
 
 
-def _check_dropped(pairs: PairSet, section: DataSection) -> None:
+def _check_dropped(pairs: PairSet) -> None:
     if not pairs.pairs:
         raise _no_usable_pair(pairs)
-    share = pairs.dropped_share
-    if share > section.max_dropped:
+    _check_dropped_share(pairs)
+
+
+def _check_dropped_share(pairs: PairSet) -> None:
+    share, allowed = pairs.dropped_share, pairs.reader.section.max_dropped
+    if share > allowed:
         raise DataError(
-            f"{share:.0%} of {pairs.rows:,} rows were dropped, more than data.max_dropped: {section.max_dropped}\n"
+            f"{share:.0%} of {pairs.rows or pairs.rows_read:,} rows were dropped, above data.max_dropped: {allowed}\n"
             + "\n".join(f"  {line}" for line in pairs.drop_lines()),
             "mend the data or the recipe (data.max_length, data.columns), or raise data.max_dropped",
         )

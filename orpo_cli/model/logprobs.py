@@ -10,7 +10,7 @@ Shapes: T tokens, P pairs, L padded length, M predictions, E hidden size, V voca
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from orpo_cli.data.batches import FlatBatch, flat_batch
+from orpo_cli.data.batches import FlatBatch, cut_by_padded_tokens, cut_by_tokens, flat_batch
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.model import attention
 from orpo_cli.model.head import Head, target_logps
@@ -50,6 +50,10 @@ class PairLogprobs(nn.Module):
         input_ids, attention_mask, sequence, position = padded(batch)
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # (2P, L, V)
         return target_logps(logits[sequence[batch.rows], position[batch.rows]], batch.targets)
+
+    def micro_batches(self, pairs: Sequence[TokenizedPair], max_tokens: int) -> list[list[TokenizedPair]]:
+        """Cut pairs into micro-batches of at most `max_tokens` tokens, padding counted where there is some."""
+        return cut_by_tokens(pairs, max_tokens) if self.shares_prefix else cut_by_padded_tokens(pairs, max_tokens)
 
 
 def padded(batch: FlatBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

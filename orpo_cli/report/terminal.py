@@ -14,13 +14,26 @@ from rich.text import Text
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+_muted = False
+
+
+def mute(muted: bool) -> None:
+    """Say nothing but errors, in all processes but the main one."""
+    global _muted
+    _muted = muted
+
+
 def say(text: str | Text | Table = "") -> None:
     """A line for people."""
+    if _muted:
+        return
     console.print(text if not isinstance(text, str) else Text(text))
 
 
 def warn(text: str) -> None:
     """A line that wants attention and stops nothing."""
+    if _muted:
+        return
     console.print(Text("warning: ", style="yellow") + Text(text))
 
 
@@ -36,7 +49,7 @@ class StepDisplay:
 
     def __init__(self, total_steps: int, done: int = 0) -> None:
         self.total_steps = total_steps
-        self._live = console.is_terminal
+        self._live = console.is_terminal and not _muted
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -101,8 +114,9 @@ def first_pair(pieces: Mapping[str, list[tuple[str, bool, bool]]]) -> None:
 
 
 def visible(token: str) -> str:
-    """A token's text with its white space made visible."""
-    return token.replace("\n", "⏎").replace("\t", "→").replace("\r", "␍")
+    """A token's text with its white space and control characters made visible; none reaches the terminal."""
+    token = token.replace("\n", "⏎").replace("\t", "→").replace("\r", "␍")
+    return "".join(c if c.isprintable() or c in "\u200d\u00a0" else f"\\x{ord(c):02x}" for c in token)
 
 
 def comparison(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Table:

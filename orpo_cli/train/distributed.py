@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import numpy as np
@@ -19,6 +20,11 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+# Numbers that travel in one message; a copy of them is held while it does.
+BUCKET_NUMBERS = 2**26
+# How long one process may wait for another, which may be writing a large checkpoint to a slow disk.
+PATIENCE = timedelta(hours=3)
+
 
 class Processes:
     """This process, its device, and how it speaks to the others; alone, it does nothing."""
@@ -26,7 +32,7 @@ class Processes:
     def __init__(self) -> None:
         wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         # accelerate joins a group of processes on CPUs (gloo) only if it is told that there is nothing else.
-        state = PartialState(cpu=wants_cpu or not torch.accelerator.is_available())
+        state = PartialState(cpu=wants_cpu or not torch.accelerator.is_available(), timeout=PATIENCE)
         self.device: torch.device = state.device
         self.rank: int = state.process_index
         self.count: int = state.num_processes
@@ -37,17 +43,17 @@ class Processes:
         return list(items[self.rank :: self.count])
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
-        """Add up tensors over all processes, in place; one message for each dtype."""
+        """Add up tensors over all processes, in place: small ones by the bucket, so that messages are few."""
         if self.count == 1:
             return
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        bucket: list[Tensor] = []
         for tensor in tensors:
-            by_dtype.setdefault(tensor.dtype, []).append(tensor)
-        for group in by_dtype.values():
-            flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            dist.all_reduce(flat)
-            for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+            if bucket and (tensor.dtype != bucket[0].dtype or _numel(bucket) + tensor.numel() > BUCKET_NUMBERS):
+                _all_reduce(bucket)
+                bucket = []
+            bucket.append(tensor)
+        if bucket:
+            _all_reduce(bucket)
 
     def largest(self, number: int) -> int:
         """The largest of all processes' numbers, so that all decide alike (0 where no signal came, say)."""
@@ -66,6 +72,17 @@ class Processes:
         """Leave the process group."""
         if self.count > 1:
             dist.destroy_process_group()
+
+
+def _numel(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _all_reduce(bucket: list[Tensor]) -> None:
+    flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+    dist.all_reduce(flat)
+    for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def seed_everything(*key: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 import resource
 import signal
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orpo_cli.data.batches import cut_by_tokens, flat_batch, flat_tokens, nll_positions
+from orpo_cli.data.batches import flat_batch, flat_tokens, nll_positions
 from orpo_cli.data.dataset import PairSet
 from orpo_cli.data.order import Position
 from orpo_cli.data.tokenize import TokenizedPair
@@ -51,6 +52,8 @@ class Progress:
     """Bytes of samples.jsonl."""
     bad_steps: int = 0
     """Steps in a row that were skipped for a non-finite gradient."""
+    max_tokens: int | None = None
+    """Flat tokens of a micro-batch that `auto` came to."""
     best_step: int | None = None
     best_value: float | None = None
     loss_scale: dict[str, Any] = field(default_factory=dict)
@@ -110,7 +113,7 @@ def train_steps(run: Run) -> None:
             sums = torch.zeros(len(METRICS), device=device)
             tokens = torch.zeros(1, device=device)
 
-            for micro in cut_by_tokens(processes.share(pairs), run.max_tokens):
+            for micro in run.logprobs.micro_batches(processes.share(pairs), run.max_tokens):
                 batch = flat_batch(micro, recipe.loss.nll_tokens).to(device)
                 logps = run.logprobs(batch)
                 nll = -(batch.nll.means(logps) if recipe.loss.nll_reduction == "pair" else batch.nll.sums(logps))
@@ -213,7 +216,8 @@ def signals_noted() -> Iterator[SignalsNoted]:
         if noted.number and number == signal.SIGINT:
             raise KeyboardInterrupt
         noted.number = noted.number or number
-        warn(f"{signal.Signals(number).name}: saving after this step; Ctrl-C again leaves at once")
+        # Not through the console: the signal may have come in the middle of one of its own writes.
+        os.write(2, b"\nstopping: this step is finished and saved first; Ctrl-C again leaves at once\n")
 
     watched = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, note) for number in watched}
@@ -245,8 +249,9 @@ def score_together(run: Run) -> Scores:
     own = score_pairs(run.logprobs, pairs, nll_tokens=nll_tokens, max_tokens=run.max_tokens, device=device)
     columns = torch.zeros(4, len(run.held_out), dtype=torch.float64)
     columns[:, mine] = torch.from_numpy(np.stack(dataclasses.astuple(own)))
-    columns = columns.to(device)
-    run.processes.sum_([columns])
+    if run.processes.count > 1:  # not all devices have float64, but those that several processes share do
+        columns = columns.to(device)
+        run.processes.sum_([columns])
     return Scores(*columns.cpu().numpy())
 
 
@@ -258,7 +263,9 @@ def _evaluate(run: Run, display: StepDisplay) -> None:
         scores = score_together(run)
         row = evaluation_row(scores, recipe.loss, progress.step, _epoch(run))
         tokens = sum(flat_tokens(pair) for pair in run.held_out)
-        row |= {f"eval_{key}": value for key, value in _cost(started, tokens, run.processes.device).items()}
+        row |= {"eval_tokens": tokens} | {
+            f"eval_{key}": value for key, value in _cost(started, tokens, run.processes.device).items()
+        }
         if run.metrics is not None:
             run.metrics.write(row)
             display.evaluated(row)

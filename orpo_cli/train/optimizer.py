@@ -52,7 +52,7 @@ class Optimizer:
 
     def clip(self) -> Tensor:
         """Scale all gradients to a total norm of at most max_grad_norm; the norm before, on the device."""
-        return nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm, foreach=True)
+        return nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm)
 
     def step(self, learning_rate: float) -> None:
         """One AdamW step; gradients are consumed."""

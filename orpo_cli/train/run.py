@@ -22,7 +22,7 @@ from orpo_cli.data.batches import nll_positions
 from orpo_cli.data.dataset import PairSet, load_pairs
 from orpo_cli.data.order import Position
 from orpo_cli.data.tokenize import TokenizedPair
-from orpo_cli.errors import InputError, RunError
+from orpo_cli.errors import InputError, RunError, is_out_of_memory
 from orpo_cli.evaluate import pair_lines, skipped, summarise
 from orpo_cli.files import to_json, to_json_lines, write_directory, write_file
 from orpo_cli.generate import answers
@@ -41,7 +41,7 @@ from orpo_cli.model.load import base_revision
 from orpo_cli.model.lora import save_adapter
 from orpo_cli.recipe import Recipe, dump_recipe
 from orpo_cli.report.metrics import MetricsFile, read_metrics
-from orpo_cli.report.terminal import comparison, console, first_pair, say, warn
+from orpo_cli.report.terminal import comparison, first_pair, mute, say, warn
 from orpo_cli.run import RunDirectory, check_unchanged, read_manifest
 from orpo_cli.train.checkpoint import load_checkpoint, newest_sound, save_checkpoint
 from orpo_cli.train.distributed import Processes, seed_everything
@@ -69,7 +69,7 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
     """
     start = start or Start()
     processes = Processes()
-    console.quiet = not processes.is_main
+    mute(not processes.is_main)
     run = RunDirectory(Path(recipe.output.dir))
     resumes = start.resume or start.resume_from is not None
     if processes.is_main:
@@ -87,13 +87,15 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
     optimizer = Optimizer(built.model.named_parameters(), recipe.train)
     progress, total_steps = Progress(), train_set.total_steps(recipe.train)
     if resumes and (checkpoint := find_checkpoint(run, start.resume_from)) is not None:
-        check_unchanged(run, recipe, train_set.fingerprint)
+        check_unchanged(run, recipe, train_set.fingerprint, streamed=train_set.held is None)
         progress = restore(checkpoint, built, optimizer)
         if progress.step > total_steps:
             raise InputError(
                 f"{checkpoint} lies behind the recipe's {total_steps:,} steps",
                 "raise train.max_steps or num_train_epochs, or name an earlier one with --resume-from",
             )
+    if progress.max_tokens is None or recipe.train.max_tokens_per_microbatch != "auto":
+        progress.max_tokens = max_tokens(recipe, processes.device)
     if processes.is_main:
         if start.overwrite:
             run.clear()
@@ -112,7 +114,7 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
         train_set=train_set,
         held_out=held_out.in_source_order() if held_out else [],
         total_steps=total_steps,
-        max_tokens=max_tokens(recipe, processes.device),
+        max_tokens=progress.max_tokens,
         progress=progress,
         metrics=MetricsFile(run.metrics, progress.metrics_length) if processes.is_main else None,
         samples=MetricsFile(run.samples, progress.samples_length)
@@ -124,6 +126,8 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
     describe_run(loop, built)
     with out_of_memory_explained(loop.max_tokens):
         train_steps(loop)
+        if loop.held_out and loop.last_scores is None:  # resumed after its last step
+            loop.last_scores = score_together(loop)
         figures = finish(run, loop, text, built, held_out) if processes.is_main else {}
     processes.close()
     return figures
@@ -131,17 +135,16 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
 
 @contextmanager
 def out_of_memory_explained(max_tokens: int) -> Iterator[None]:
-    """Say what to lower when memory runs out, on a device or (torch has no class of its own for it) on the CPU."""
+    """Say what to lower when memory runs out in the loop; nothing of it changes the result."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-        if not is_memory:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise RunError(
             "out of memory; the last checkpoint is sound",
-            f"lower train.max_tokens_per_microbatch (now {max_tokens:,}) or data.max_length, set "
-            "model.gradient_checkpointing: true or model.load_in_4bit: true, then --resume",
+            f"lower train.max_tokens_per_microbatch (now {max_tokens:,}) or set model.gradient_checkpointing: true, "
+            "then --resume",
         ) from error
 
 
@@ -203,7 +206,7 @@ def describe_run(run: Run, built: Built) -> None:
         f"{trained:,} of {total:,} parameters trained"
     )
     if built.trained_rows:
-        say(f"  {len(built.trained_rows)} embedding rows were new or untrained: they start at the mean and are trained")
+        say(f"  {len(built.trained_rows)} embedding rows are trained too; new or untrained ones start at the mean")
     if built.why_not_shared:
         say(f"  prompts are not shared between a pair's answers: {built.why_not_shared}")
     say(
@@ -259,8 +262,8 @@ def manifest(
 def find_checkpoint(run: RunDirectory, named: Path | None) -> Path | None:
     """The checkpoint to go on from: the named one, else the newest sound one, None if there is none."""
     if named is not None:
-        if not named.is_dir():
-            raise InputError(f"there is no checkpoint {named}", f"they lie in {run.checkpoints}")
+        if not named.is_dir() or named.resolve().parent != run.checkpoints.resolve():
+            raise InputError(f"{named} is no checkpoint of this run", f"they lie in {run.checkpoints}")
         return named
     newest, damaged = newest_sound(run.checkpoints)
     for line in damaged:
@@ -312,7 +315,8 @@ def finish(run: RunDirectory, loop: Run, text: TextSide, built: Built, held_out:
         say(f"adapter: {run.adapter}")
     figures: dict[str, Any] = {}
     if held_out is not None:
-        scores = loop.last_scores or score_together(loop)
+        scores = loop.last_scores
+        assert scores is not None
         figures = {**summarise(scores, loop.held_out, recipe.loss), "skipped": skipped(held_out)}
         write_file(run.eval, to_json(figures))
         write_file(run.eval_pairs, to_json_lines(pair_lines(scores, loop.held_out)))
@@ -329,6 +333,10 @@ def finish(run: RunDirectory, loop: Run, text: TextSide, built: Built, held_out:
         )
         if gaps[0]:
             write_file(run.manifest, to_json({**read_manifest(run), "merge": gaps[0]}))
+    if loop.train_set.rows is None:  # a stream is counted while it is read
+        read = read_manifest(run)
+        read["data"]["train"] = loop.train_set.summary()
+        write_file(run.manifest, to_json(read))
     verdict(run, loop, figures)
     return figures
 
@@ -336,7 +344,8 @@ def finish(run: RunDirectory, loop: Run, text: TextSide, built: Built, held_out:
 def write_adapter(directory: Path, built: Built, text: TextSide, recipe: Recipe) -> None:
     """The adapter with all that is needed to use it: tokenizer, template, and the ids that stop generation."""
     assert isinstance(built.model, PeftModel)
-    save_adapter(built.model, directory, base=recipe.model.name_or_path, revision=recipe.model.revision)
+    revision = base_revision(recipe.model) or recipe.model.revision
+    save_adapter(built.model, directory, base=recipe.model.name_or_path, revision=revision)
     text.tokenizer.save_pretrained(directory)
     set_stop_tokens(built.base, text)
     built.base.generation_config.save_pretrained(directory)

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from orpo_cli.data.batches import cut_by_tokens, flat_batch, flat_tokens, nll_positions, shared_length
+from orpo_cli.data.batches import (
+    cut_by_padded_tokens,
+    cut_by_tokens,
+    flat_batch,
+    flat_tokens,
+    nll_positions,
+    shared_length,
+)
 from orpo_cli.data.tokenize import TokenizedPair
 from tests.tiny import random_pairs
 
@@ -175,3 +182,13 @@ def test_what_a_batch_means_does_not_depend_on_its_neighbours():
         assert together.input_ids[segment.start : segment.stop].tolist() == alone.input_ids.tolist()
         mine = together.rejected.index[together.rejected.pair == i]
         assert (together.rows[mine] - segment.start).tolist() == alone.rows[alone.rejected.index].tolist()
+
+
+def test_padded_batches_keep_to_the_budget_with_their_padding():
+    pairs = random_pairs(40, seed=4)
+    batches = cut_by_padded_tokens(pairs, 150)
+    assert sorted(pair.index for batch in batches for pair in batch) == list(range(40))
+    for batch in batches:
+        longest = max(max(len(p.chosen_ids), len(p.rejected_ids)) for p in batch)
+        assert len(batch) == 1 or 2 * len(batch) * longest <= 150
+    assert len(batches) < 40

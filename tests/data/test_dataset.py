@@ -182,7 +182,15 @@ def test_a_stream_with_max_steps_is_not_read_beforehand(tokenise, mixed_file):
     expected = naive_order(83, set(USABLE), seed=1, epochs=2, block_rows=83)
     assert taken(pairs, len(expected)) == expected
     assert pairs.epochs(Position(3, 10), 200) == 3.0
-    assert pairs.summary()["rows"] is None
+    counted = pairs.summary()  # while it was read, each row once in two epochs
+    assert counted["rows"] == 83
+    assert sum(counted["dropped"].values()) == 83 - len(USABLE)
+
+
+def test_a_stream_that_is_counted_as_it_is_read_is_refused_when_too_much_is_dropped(tokenise, mixed_file):
+    pairs, _ = load(tokenise, mixed_file, streaming=True, max_steps=5, max_dropped=0.1)
+    with pytest.raises(DataError, match="above data"):
+        taken(pairs, 5)
 
 
 # Several sources, limits, duplicates, filters
@@ -330,7 +338,7 @@ def test_rows_are_dropped_and_counted_by_reason(tokenise, mixed_file, streaming)
 def test_too_many_dropped_rows_are_an_error_that_counts_them(tokenise, mixed_file, streaming):
     with pytest.raises(DataError) as error:
         load(tokenise, mixed_file, streaming=streaming, max_dropped=0.1)
-    assert error.value.message.startswith("19% of 83 rows were dropped, more than data.max_dropped: 0.1\n")
+    assert error.value.message.startswith("19% of 83 rows were dropped, above data.max_dropped: 0.1\n")
     assert "  4 identical, e.g. " in error.value.message
     assert load(tokenise, mixed_file, streaming=streaming, max_dropped=0.2)
 

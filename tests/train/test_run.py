@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from orpo_cli.data.batches import flat_batch
 from orpo_cli.data.dataset import load_held_out, load_pairs
-from orpo_cli.errors import RunError
+from orpo_cli.errors import InputError, RunError
 from orpo_cli.evaluate import score_pairs
 from orpo_cli.model.build import build_for_training, load_text_side, pair_tokenizer
 from orpo_cli.recipe import load_recipe
@@ -166,16 +166,24 @@ def test_a_signal_saves_and_leaves(tiny_recipe, tmp_path, number, code):
 
 def test_two_processes_train_as_one(tiny_recipe, tmp_path):
     """gloo: each process takes its share of every step's pairs; only rounding differs."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
     for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
         recipe = tiny_recipe(train={"eval_steps": 2}, output={"dir": str(tmp_path / name)})
         command = [sys.executable, *launcher, "-m", "orpo_cli", "train", str(recipe)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "1"})
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert one.keys() == two.keys()
         for key, value in one.items():
             assert two[key] == (pytest.approx(value, rel=1e-3, abs=1e-5) if isinstance(value, float) else value), key
     assert json.loads((tmp_path / "two/manifest.json").read_text())["processes"] == 2
+
+    # Resumed after its last step, all processes have a part in what is still to be done.
+    (tmp_path / "two/eval.json").unlink()
+    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment)
+    assert again.returncode == 0, again.stderr
+    figures = [json.loads((tmp_path / name / "eval.json").read_text())["loss"] for name in ("one", "two")]
+    assert figures[1] == pytest.approx(figures[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora": None}, {"model": {"chat_template": "chatml"}}])
@@ -343,3 +351,36 @@ def test_sample_prompts_are_answered_at_each_evaluation(tiny_recipe):
     samples = [json.loads(line) for line in (Path(recipe.output.dir) / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [0, 2, 4]
     assert {sample["prompt"] for sample in samples} == {"Which is larger?"}
+
+
+def test_a_checkpoint_of_another_run_is_refused(tiny_recipe, tiny_run, tmp_path):
+    recipe = load_recipe(tiny_recipe())
+    train(recipe)
+    [other] = list((tiny_run / "checkpoints").glob("step-000002"))
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="no checkpoint of this run"):
+        train(recipe, Start(resume_from=other))
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_the_padded_fallback_trains_to_the_same_numbers(tiny_recipe, tmp_path):
+    for name, shared in (("shared", True), ("apart", False)):
+        train(load_recipe(tiny_recipe(model={"shared_prefix": shared}, output={"dir": str(tmp_path / name)})))
+    torch.testing.assert_close(losses(tmp_path / "apart"), losses(tmp_path / "shared"), rtol=1e-4, atol=0)
+
+
+def test_new_tokens_in_spare_rows_are_trained_and_travel(tiny_recipe, tiny_base, tmp_path):
+    """Many models have more rows than their tokenizer has tokens: what is taught then needs no row to be added."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    model.resize_token_embeddings(320)
+    model.save_pretrained(tmp_path / "roomy")
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "roomy")
+    recipe = load_recipe(tiny_recipe(model={"name_or_path": str(tmp_path / "roomy"), "chat_template": "chatml"}))
+    train(recipe)
+    run = Path(recipe.output.dir)
+    ids = json.loads((run / "manifest.json").read_text())["template"]["trained_rows"]
+    assert ids == AutoTokenizer.from_pretrained(run / "merged").convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    merged = AutoModelForCausalLM.from_pretrained(run / "merged").get_input_embeddings().weight
+    assert len(merged) == 320
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "roomy").get_input_embeddings().weight
+    assert not torch.allclose(merged[ids], base[ids], atol=1e-2)
