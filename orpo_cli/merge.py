@@ -9,19 +9,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
+from orpo_cli.data.dataset import load_held_out, load_pairs
 from orpo_cli.data.tokenize import TokenizedPair
-from orpo_cli.errors import InputError
+from orpo_cli.errors import DataError, InputError
 from orpo_cli.evaluate import Scores, score_pairs
-from orpo_cli.files import write_directory
-from orpo_cli.model.build import Built, TextSide, build_for_scoring, load_text_side, set_stop_tokens
+from orpo_cli.files import to_json, write_directory, write_file
+from orpo_cli.model.build import (
+    Built,
+    TextSide,
+    build_for_scoring,
+    load_text_side,
+    max_tokens,
+    pair_tokenizer,
+    set_stop_tokens,
+)
 from orpo_cli.model.load import load_config
 from orpo_cli.model.logprobs import PairLogprobs
-from orpo_cli.recipe.schema import ModelSection
-from orpo_cli.run import find_subject
+from orpo_cli.recipe import ModelSection, Recipe
+from orpo_cli.run import RunDirectory, find_subject, read_manifest
+
+# Pairs on which the weights merged from a quantised run are compared with what was trained, on the CPU.
+MEASURED_PAIRS = 4
 
 
 def merge_into_base(model: PeftModel) -> PreTrainedModel:
@@ -49,9 +62,9 @@ def merge_trained(
     adapter: Path,
     directory: Path,
     pairs: Sequence[TokenizedPair],
-    max_tokens: int,
+    token_budget: int,
 ) -> dict[str, Any]:
-    """Write the merged weights of a model that has just been trained; its adapters are spent by it.
+    """Write the merged weights of a model in the state it was trained in; its adapters are spent by it.
 
     Rounding a quantised base's weights anew would lose the adapter, so there the full-precision base is loaded and the
     adapter merged onto that. The answer then says onto what, and how far the merged model's log-probs of `pairs` are
@@ -64,22 +77,24 @@ def merge_trained(
 
     def measured(logprobs: PairLogprobs) -> Scores:
         device = logprobs.model.device
-        return score_pairs(logprobs, pairs, nll_tokens="response", max_tokens=max_tokens, device=device)
+        return score_pairs(logprobs, pairs, nll_tokens="response", max_tokens=token_budget, device=device)
 
-    trained = measured(built.logprobs)
+    trained = measured(built.logprobs) if pairs else None
     # On the CPU: beside the quantised model, the device may have no room for the full one.
     full = build_for_scoring(section, text, torch.device("cpu"), adapter=adapter, quantise=False)
     assert isinstance(full.model, PeftModel)
     merged = merge_into_base(full.model)
-    scores = measured(PairLogprobs(merged, full.logprobs.shares_prefix))
-    save_model(merged, text, section, directory)
-    return {
+    gap: dict[str, Any] = {
         "base": section.name_or_path,
         "base_dtype": str(merged.dtype).removeprefix("torch."),
         "pairs": len(pairs),
-        "mean_gap_chosen_logps": float(np.abs(scores.chosen_logps - trained.chosen_logps).mean()),
-        "mean_gap_rejected_logps": float(np.abs(scores.rejected_logps - trained.rejected_logps).mean()),
     }
+    if trained is not None:
+        scores = measured(PairLogprobs(merged, full.logprobs.shares_prefix))
+        gap["mean_gap_chosen_logps"] = float(np.abs(scores.chosen_logps - trained.chosen_logps).mean())
+        gap["mean_gap_rejected_logps"] = float(np.abs(scores.rejected_logps - trained.rejected_logps).mean())
+    save_model(merged, text, section, directory)
+    return gap
 
 
 def save_model(model: PreTrainedModel, text: TextSide, section: ModelSection, directory: Path) -> None:
@@ -104,7 +119,7 @@ def merge_target(target: str, *, output: Path | None, base: str | None, dtype: s
     """
     if not Path(target).is_dir():
         raise InputError(f"there is no run or adapter {target}", "name a run's directory, or an adapter's")
-    subject = find_subject(target, None, data="-")
+    subject = find_subject(target, None, None, scores=False)
     if subject.adapter is None:
         raise InputError(f"{target} has no adapter to merge", "a full fine-tune is whole in RUN/merged already")
     changes = {"name_or_path": base, "revision": "main"} if base else {}
@@ -117,8 +132,30 @@ def merge_target(target: str, *, output: Path | None, base: str | None, dtype: s
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} is not empty", "name another --output")
     text = load_text_side(recipe, subject.tokenizer)
-    built = build_for_scoring(section, text, torch.device("cpu"), adapter=subject.adapter, quantise=False)
-    assert isinstance(built.model, PeftModel)
-    merged = merge_into_base(built.model)
-    write_directory(directory, lambda unfinished: save_model(merged, text, section, unfinished))
+    quantised = section.load_in_4bit or section.load_in_8bit
+    device = PartialState().device if quantised else torch.device("cpu")
+    built = build_for_scoring(section, text, device, adapter=subject.adapter)
+    pairs = some_pairs(recipe, text) if quantised else []
+    gaps: list[dict[str, Any]] = []
+    adapter = subject.adapter
+    write_directory(
+        directory,
+        lambda unfinished: gaps.append(
+            merge_trained(built, text, section, adapter, unfinished, pairs, max_tokens(recipe, device))
+        ),
+    )
+    run = RunDirectory(path)
+    if gaps[0] and directory == run.merged and run.manifest.exists():
+        write_file(run.manifest, to_json({**read_manifest(run), "merge": gaps[0]}))
     return directory
+
+
+def some_pairs(recipe: Recipe, text: TextSide) -> list[TokenizedPair]:
+    """Pairs to compare merged and trained weights on: held-out ones, else of the training data; none if it is gone."""
+    tokenise = pair_tokenizer(recipe, text)
+    try:
+        if recipe.data.eval is not None:
+            return load_held_out(recipe.data, tokenise, recipe.train).in_source_order()[:MEASURED_PAIRS]
+        return [load_pairs(recipe.data, tokenise, recipe.train)[0].first()]
+    except DataError:
+        return []

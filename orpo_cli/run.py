@@ -171,8 +171,10 @@ class Subject:
     """Where the tokenizer is to be read instead of the base's; None: the base's, taught the recipe's template."""
 
 
-def find_subject(target: str, recipe: Recipe | None, data: str | None) -> Subject:
+def find_subject(target: str, recipe: Recipe | None, data: str | None, *, scores: bool = True) -> Subject:
     """What `target` names. `recipe` says how to use what is in no run; `data` replaces the held-out source.
+
+    `scores`: pairs are going to be scored, so that something has to say which.
 
     Raises InputError where it names nothing, or nothing says which pairs to use.
     """
@@ -193,7 +195,7 @@ def find_subject(target: str, recipe: Recipe | None, data: str | None) -> Subjec
         recipe = recipe or _recipe_around(path)
         name, revision = _base_of_adapter(path)
         tokenizer = path if (path / "tokenizer_config.json").is_file() else None
-        recipe = recipe or minimal_recipe(name, data)
+        recipe = recipe or minimal_recipe(name, data, scores=scores)
         model = recipe.model.model_copy(update={"name_or_path": name, "revision": revision})
         subject = Subject(recipe.model_copy(update={"model": model}), path, tokenizer)
     elif recipe is not None:  # to be used as the recipe would use its base
@@ -201,7 +203,9 @@ def find_subject(target: str, recipe: Recipe | None, data: str | None) -> Subjec
         subject = Subject(recipe.model_copy(update={"model": model}), None, None)
     else:
         around = _recipe_around(path)
-        subject = Subject(_by_itself(around, target) if around else minimal_recipe(target, data), None, None)
+        subject = Subject(
+            _by_itself(around, target) if around else minimal_recipe(target, data, scores=scores), None, None
+        )
     if data is None:
         return subject
     # The filter is for the training data; other data need not have its columns.
@@ -223,11 +227,11 @@ def _base_of_adapter(path: Path) -> tuple[str, str]:
     return name, revision or "main"
 
 
-def minimal_recipe(model: str, data: str | None) -> Recipe:
+def minimal_recipe(model: str, data: str | None, *, scores: bool) -> Recipe:
     """A recipe of defaults for a model that has none."""
-    if data is None:
+    if data is None and scores:
         raise InputError(f"{model} is no run, so nothing says which pairs to score", "give --data, or --recipe")
-    return Recipe.model_validate({"model": {"name_or_path": model}, "data": {"train": data}, "lora": None})
+    return Recipe.model_validate({"model": {"name_or_path": model}, "data": {"train": data or "none"}, "lora": None})
 
 
 def _recipe_around(path: Path) -> Recipe | None:

@@ -26,7 +26,7 @@ from orpo_cli.errors import InputError, RunError, is_out_of_memory
 from orpo_cli.evaluate import pair_lines, skipped, summarise
 from orpo_cli.files import to_json, to_json_lines, write_directory, write_file
 from orpo_cli.generate import answers
-from orpo_cli.merge import merge_trained, save_model
+from orpo_cli.merge import MEASURED_PAIRS, merge_trained, save_model
 from orpo_cli.model.build import (
     Built,
     TextSide,
@@ -47,9 +47,6 @@ from orpo_cli.train.checkpoint import load_checkpoint, newest_sound, save_checkp
 from orpo_cli.train.distributed import Processes, seed_everything
 from orpo_cli.train.loop import Progress, Run, score_together, train_steps
 from orpo_cli.train.optimizer import Optimizer
-
-# Pairs on which the weights merged from a quantised run are compared with what was trained.
-MEASURED_PAIRS = 16
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from orpo_cli.data.batches import flat_batch
 from orpo_cli.data.dataset import load_held_out, load_pairs
 from orpo_cli.errors import InputError, RunError
 from orpo_cli.evaluate import score_pairs
+from orpo_cli.merge import merge_target
 from orpo_cli.model.build import build_for_training, load_text_side, pair_tokenizer
 from orpo_cli.recipe import load_recipe
 from orpo_cli.report.metrics import comparable, read_metrics
@@ -384,3 +385,15 @@ def test_new_tokens_in_spare_rows_are_trained_and_travel(tiny_recipe, tiny_base,
     assert len(merged) == 320
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "roomy").get_input_embeddings().weight
     assert not torch.allclose(merged[ids], base[ids], atol=1e-2)
+
+
+def test_merging_a_quantised_run_again_says_what_it_costs(tiny_recipe, base_for_4bit):
+    changes = {"model": {"name_or_path": str(base_for_4bit), "load_in_4bit": True}, "output": {"merge": False}}
+    recipe = load_recipe(tiny_recipe(**changes))
+    train(recipe)
+    run = Path(recipe.output.dir)
+    assert "merge" not in json.loads((run / "manifest.json").read_text())
+    merged = merge_target(str(run), output=None, base=None, dtype="auto")
+    assert merged == run / "merged"
+    assert json.loads((run / "manifest.json").read_text())["merge"]["mean_gap_chosen_logps"] > 0
+    assert AutoModelForCausalLM.from_pretrained(merged).dtype == torch.bfloat16  # as it was trained
