@@ -368,7 +368,7 @@ NO_KEY: dict[str, str] = {
     "hf_token": "no key of the recipe: set HF_TOKEN in the environment",
     "token": "no key of the recipe: set HF_TOKEN in the environment",
     "use_auth_token": "no key of the recipe: set HF_TOKEN in the environment",
-    "plot_loss": "not needed: report.html draws every figure",
+    "plot_loss": "not needed: metrics.jsonl holds every figure",
     "include_num_input_tokens_seen": "not needed: metrics.jsonl counts tokens",
     "use_liger_kernel": "not needed: log-probs are computed without logits by themselves",
     "liger": "not needed: log-probs are computed without logits by themselves",

@@ -84,8 +84,8 @@ class ModelSection(Section):
     revision: Text = "main"
     """Branch, tag or commit of the hub repository; the commit found goes into `manifest.json`."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute dtype. `auto`: bfloat16 where the device computes in it, else float32. float16 trains with loss
-    scaling. Trained weights live in float32 whatever this says."""
+    """Compute dtype. `auto`: float32 if the base is stored so, else bfloat16 (float16 on a GPU that has none). float16
+    trains with loss scaling. Trained weights live in float32 whatever this says."""
     load_in_4bit: bool = False
     """Hold the frozen base in 4 bits (NF4, double quantisation), computing in `dtype`. Needs LoRA."""
     load_in_8bit: bool = False
@@ -378,7 +378,7 @@ class TrainSection(Section):
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Steps in which the learning rate rises; wins over the ratio. null: by the ratio."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    """Seed of everything random: order, hold-out, initial adapter, dropout."""
+    """Seed of everything random: order, initial adapter, dropout. The hold-out is the same for every seed."""
     logging_steps: Count = 1
     """Steps between two training rows of `metrics.jsonl`."""
     eval_steps: Count | Share | None = None

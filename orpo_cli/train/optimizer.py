@@ -86,7 +86,6 @@ class Optimizer:
                     key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state
                 }
                 if moments:
-                    # AdamW keeps its step count in float32 on the CPU unless it is fused.
                     self.adamw.state[master] = {key: value.to(master.device) for key, value in moments.items()}
         self._publish()
 
