@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from orpo_cli.data.formats import read_pair, recognise
+from orpo_cli.data.formats import Drop, read_pair, recognise
 from orpo_cli.data.sources import open_source
 from orpo_cli.recipe import SourceSpec
 
@@ -61,7 +61,7 @@ def make_pairs(path: Path, data: str, tokenizer: str, count: int) -> None:
     for row in rows.rows():
         try:
             pair = read_pair(row, form)
-        except Exception:  # a dropped row
+        except Drop:
             continue
         assert not isinstance(pair.prompt, str)
         prompt = "".join(f"\n\n{m.role.capitalize()}: {m.content}" for m in pair.prompt) + "\n\nAssistant:"
