@@ -9,8 +9,8 @@ Shapes: T tokens, P pairs, M distinct predictions (a hidden row and the token it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -55,17 +55,22 @@ class FlatBatch:
 
     def to(self, device: torch.device) -> FlatBatch:
         """The same batch with its tensors on `device`."""
-        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
-        return FlatBatch(
-            move(self.input_ids),
-            move(self.position_ids),
-            self.segments,
-            move(self.rows),
-            move(self.targets),
-            self.chosen.to(device),
-            self.rejected.to(device),
-            self.nll.to(device),
-            self.pairs,
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> FlatBatch:
+        """The same batch in page-locked memory, from which a copy to a GPU does not hold up the CPU."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> FlatBatch:
+        return replace(
+            self,
+            input_ids=change(self.input_ids),
+            position_ids=change(self.position_ids),
+            rows=change(self.rows),
+            targets=change(self.targets),
+            chosen=self.chosen.each(change),
+            rejected=self.rejected.each(change),
+            nll=self.nll.each(change),
         )
 
 
@@ -77,9 +82,9 @@ class Uses:
     pair: Tensor  # (K,) 0 .. P-1, ascending
     counts: Tensor  # (P,) float32, how many a pair has
 
-    def to(self, device: torch.device) -> Uses:
-        """The same table on `device`."""
-        return Uses(*(t.to(device, non_blocking=True) for t in (self.index, self.pair, self.counts)))
+    def each(self, change: Callable[[Tensor], Tensor]) -> Uses:
+        """The same table with each of its tensors changed, say moved."""
+        return Uses(change(self.index), change(self.pair), change(self.counts))
 
     def sums(self, values: Tensor) -> Tensor:
         """Sum of values (M,) over each pair's predictions -> (P,)."""

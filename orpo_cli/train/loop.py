@@ -13,13 +13,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from orpo_cli.data.batches import flat_batch, flat_tokens, nll_positions
+from orpo_cli.data.batches import FlatBatch, flat_batch, flat_tokens, nll_positions
 from orpo_cli.data.dataset import PairSet
 from orpo_cli.data.order import Position
 from orpo_cli.data.tokenize import TokenizedPair
@@ -30,12 +32,15 @@ from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import Recipe
 from orpo_cli.report.metrics import MetricsFile
 from orpo_cli.report.terminal import StepDisplay, warn
+from orpo_cli.train.ahead import Ahead
 from orpo_cli.train.distributed import Processes, seed_everything
 from orpo_cli.train.optimizer import Optimizer, learning_rate
 
 # Steps in a row with a non-finite loss or gradient after which a run stops; float16 first searches its loss scale.
 MAX_BAD_STEPS = 3
 MAX_BAD_STEPS_FLOAT16 = 25
+# Steps whose batches are made ahead of the one that is computed.
+STEPS_AHEAD = 2
 
 
 @dataclass
@@ -92,56 +97,35 @@ def train_steps(run: Run) -> None:
     Stopped when a signal ended the run, after a checkpoint.
     """
     recipe, section, progress = run.recipe, run.recipe.train, run.progress
-    processes, optimizer, device = run.processes, run.optimizer, run.processes.device
+    processes, optimizer = run.processes, run.optimizer
     evaluations = evaluation_steps(run)
-    steps = run.train_set.steps(
-        section.batch_size,
-        seed=section.seed,
-        shuffle=recipe.data.shuffle,
-        start=progress.position,
-        total_pairs=_pairs_left(run),
-    )
-    with signals_noted() as signals, StepDisplay(run.total_steps, progress.step) as display:
+    with (
+        signals_noted() as signals,
+        StepDisplay(run.total_steps, progress.step) as display,
+        Ahead(steps_to_come(run), STEPS_AHEAD) as steps,
+    ):
         if progress.step == 0 and section.eval_on_start:
             _evaluate(run, display)
         for step in range(progress.step + 1, run.total_steps + 1):
             started = time.perf_counter()
-            pairs, position = next(steps)
-            seed_everything(section.seed, step, processes.rank)
+            data = next(steps)
+            pairs = data.pairs
             rate = learning_rate(step, run.total_steps, section, peak=recipe.peak_learning_rate)
-            nll_total = _nll_total(pairs, recipe)
-            sums = torch.zeros(len(METRICS), device=device)
-            tokens = torch.zeros(1, device=device)
-
-            for micro in run.logprobs.micro_batches(processes.share(pairs), run.max_tokens):
-                batch = flat_batch(micro, recipe.loss.nll_tokens).to(device)
-                logps = run.logprobs(batch)
-                nll = -(batch.nll.means(logps) if recipe.loss.nll_reduction == "pair" else batch.nll.sums(logps))
-                loss, shares = orpo_loss(
-                    batch.chosen.means(logps),
-                    batch.rejected.means(logps),
-                    nll,
-                    beta=recipe.loss.beta,
-                    nll_total=nll_total,
-                    pairs=len(pairs),
-                )
-                run.scaler.scale(loss).backward()
-                sums += shares
-                tokens += batch.tokens
-
-            processes.sum_([*optimizer.gradients(), sums, tokens])
-            run.scaler.unscale_(optimizer.adamw)
+            sums = step_gradients(run, step, data)
             grad_norm = optimizer.clip()
-            values = dict(zip(METRICS, sums.tolist(), strict=True))
+            # A step's only transfer from the device. It waits for the gradients, since what is not finite must not
+            # reach the weights; to pass over them on the device instead would spare a pause of a few kernel launches.
+            *means, tokens, norm = torch.cat([sums, grad_norm[None]]).tolist()
+            values = dict(zip(METRICS, means, strict=True))
             loss_value = values["nll_loss"] + recipe.loss.beta * values["or_loss"]
-            finite = math.isfinite(loss_value) and math.isfinite(grad_norm.item())
+            finite = math.isfinite(loss_value) and math.isfinite(norm)
             if finite:
                 optimizer.step(rate)
             else:
                 optimizer.zero_grad()
             run.scaler.update()
 
-            progress.step, progress.position = step, position
+            progress.step, progress.position = step, data.position
             progress.pairs += len(pairs)
             progress.bad_steps = 0 if finite else progress.bad_steps + 1
             if step % section.logging_steps == 0 or step == run.total_steps or not finite:
@@ -152,11 +136,11 @@ def train_steps(run: Run) -> None:
                     **values,
                     "perplexity": math.exp(min(-values["chosen_logps"], 700.0)),
                     "learning_rate": rate,
-                    "grad_norm": grad_norm.item(),
+                    "grad_norm": norm,
                     "pairs": len(pairs),
-                    "tokens": int(tokens.item()),
+                    "tokens": int(tokens),
                     "pairs_digest": pairs_digest(pairs),
-                    **_cost(started, tokens.item(), device),
+                    **_cost(started, tokens, run.processes.device),
                     **({} if finite else {"skipped": True}),
                 }
                 if run.metrics is not None:
@@ -174,6 +158,69 @@ def train_steps(run: Run) -> None:
                     stopped_by,
                     f"stopped by {signal.Signals(stopped_by).name} after step {step}; all is saved",
                 )
+
+
+@dataclass(frozen=True)
+class StepData:
+    """One optimizer step: all of its pairs, and this process's share of them as micro-batches, still on the CPU."""
+
+    pairs: list[TokenizedPair]
+    position: Position
+    """The place in the data after this step."""
+    micro_batches: list[FlatBatch]
+
+
+def steps_to_come(run: Run) -> Iterator[StepData]:
+    """What each step that is still to come is made of, from the run's position on. Reads, tokenises, lays out."""
+    section, device = run.recipe.train, run.processes.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # every thread begins on the first one
+    steps = run.train_set.steps(
+        section.batch_size,
+        seed=section.seed,
+        shuffle=run.recipe.data.shuffle,
+        start=run.progress.position,
+        total_pairs=_pairs_left(run),
+    )
+    # Not a step more: what a stream has read by the end is counted in the manifest.
+    for pairs, position in islice(steps, run.total_steps - run.progress.step):
+        yield StepData(pairs, position, micro_batches(run, pairs))
+
+
+def micro_batches(run: Run, pairs: list[TokenizedPair]) -> list[FlatBatch]:
+    """This process's share of a step's pairs as flat batches of at most `run.max_tokens` tokens."""
+    cut = run.logprobs.micro_batches(run.processes.share(pairs), run.max_tokens)
+    batches = [flat_batch(micro, run.recipe.loss.nll_tokens) for micro in cut]
+    return [batch.pinned() for batch in batches] if run.processes.device.type == "cuda" else batches
+
+
+def step_gradients(run: Run, step: int, data: StepData) -> Tensor:
+    """Leave the gradient of the whole step, over all processes, with the optimizer.
+
+    Returns (len(METRICS) + 1,) on the device: the step's metrics and its tokens.
+    """
+    recipe, device = run.recipe, run.processes.device
+    seed_everything(recipe.train.seed, step, run.processes.rank)
+    nll_total = _nll_total(data.pairs, recipe)
+    sums = torch.zeros(len(METRICS) + 1, device=device)
+    for batch in data.micro_batches:
+        batch = batch.to(device)
+        logps = run.logprobs(batch)
+        nll = -(batch.nll.means(logps) if recipe.loss.nll_reduction == "pair" else batch.nll.sums(logps))
+        loss, shares = orpo_loss(
+            batch.chosen.means(logps),
+            batch.rejected.means(logps),
+            nll,
+            beta=recipe.loss.beta,
+            nll_total=nll_total,
+            pairs=len(data.pairs),
+        )
+        run.scaler.scale(loss).backward()
+        sums[:-1] += shares
+        sums[-1] += batch.tokens
+    run.processes.sum_([*run.optimizer.gradients(), sums])
+    run.scaler.unscale_(run.optimizer.adamw)
+    return sums
 
 
 def evaluation_steps(run: Run) -> set[int]:

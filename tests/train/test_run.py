@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from orpo_cli.data.batches import flat_batch
 from orpo_cli.data.dataset import load_held_out, load_pairs
-from orpo_cli.errors import InputError, RunError
+from orpo_cli.errors import DataError, InputError, RunError
 from orpo_cli.evaluate import score_pairs
 from orpo_cli.merge import merge_target
 from orpo_cli.model.build import build_for_training, load_text_side, pair_tokenizer
 from orpo_cli.recipe import load_recipe
 from orpo_cli.report.metrics import comparable, read_metrics
+from orpo_cli.train import loop
 from orpo_cli.train.run import Start, train
 
 
@@ -147,6 +150,32 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny_recipe, tmp_path, changes):
     assert resumed.returncode == 0, output
     assert "going on after step" in output
     same_files(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"data": {"streaming": True}, "train": {"max_steps": None, "num_train_epochs": 1.5}}]
+)
+def test_batches_made_ahead_are_those_made_in_turn(tiny_recipe, tmp_path, monkeypatch, changes):
+    """Against the same steps made one by one, each when it is needed: the same bytes, checkpoints included."""
+    train(load_recipe(tiny_recipe(**changes, output={"dir": str(tmp_path / "ahead")})))
+    monkeypatch.setattr(loop, "Ahead", lambda items, count: nullcontext(items))
+    train(load_recipe(tiny_recipe(**changes, output={"dir": str(tmp_path / "in-turn")})))
+    same_files(tmp_path / "ahead", tmp_path / "in-turn")
+    states = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("*/checkpoints/*/state.json"))]
+    assert [state["position"] for state in states[: len(states) // 2]] == [s["position"] for s in states[2:]]
+
+
+def test_a_fault_in_a_stream_is_told_when_its_step_has_come(tiny_recipe, tiny_pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr("orpo_cli.data.dataset.BLOCK_ROWS", 16)  # two steps
+    lines = tiny_pairs.read_text().splitlines()
+    lines[20] = '{"prompt": "no answers"}'
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    data = {"train": str(tmp_path / "pairs.jsonl"), "eval": None, "streaming": True, "strict": True}
+    with pytest.raises(DataError, match=r"row 20 \(line 21\)"):
+        train(load_recipe(tiny_recipe(data=data, train={"max_steps": 6})))
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000002"]
+    assert all(thread.name != "orpo-ahead" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
