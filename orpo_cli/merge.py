@@ -90,7 +90,7 @@ def merge_trained(
         "pairs": len(pairs),
     }
     if trained is not None:
-        scores = measured(PairLogprobs(merged, full.logprobs.shares_prefix))
+        scores = measured(full.fitness.logprobs(merged))
         gap["mean_gap_chosen_logps"] = float(np.abs(scores.chosen_logps - trained.chosen_logps).mean())
         gap["mean_gap_rejected_logps"] = float(np.abs(scores.rejected_logps - trained.rejected_logps).mean())
     save_model(merged, text, section, directory)

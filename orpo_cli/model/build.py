@@ -15,8 +15,9 @@ from orpo_cli.data.tokenize import PairTokenizer
 from orpo_cli.errors import ModelError
 from orpo_cli.model.fused_lora import fuse_lora
 from orpo_cli.model.load import FreshRows, fit_vocabulary, load_config, load_model, load_tokenizer
-from orpo_cli.model.logprobs import PairLogprobs, why_not_shared
+from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.model.lora import add_lora, load_adapter
+from orpo_cli.model.probe import Fitness
 from orpo_cli.recipe import Recipe
 from orpo_cli.recipe.schema import LoraSection, ModelSection
 
@@ -59,8 +60,8 @@ class Built:
     logprobs: PairLogprobs
     trained_rows: list[int]
     """Ids of embedding rows that are trained beside the adapters."""
-    why_not_shared: str | None
-    """Why prefixes are not shared; None if they are."""
+    fitness: Fitness
+    """In which way log-probs are computed, and why not in a faster one."""
 
     @property
     def base(self) -> PreTrainedModel:
@@ -160,18 +161,18 @@ def build_for_scoring(
 def _with_engine(section: ModelSection, model: PreTrainedModel | PeftModel, rows: list[int]) -> Built:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     fuse_lora(base)
+    unwanted = None
     if section.shared_prefix is False:
-        why: str | None = "model.shared_prefix is false"
+        unwanted = "model.shared_prefix is false"
     elif section.attn_implementation != "auto":
-        why = f"model.attn_implementation is {section.attn_implementation}"
-    else:
-        why = why_not_shared(base)
-    if section.shared_prefix is True and why is not None:
+        unwanted = f"model.attn_implementation is {section.attn_implementation}"
+    fitness = Fitness.of(base, not_shared=unwanted)
+    if section.shared_prefix is True and fitness.not_shared is not None:
         raise ModelError(
-            f"{section.name_or_path} cannot share prefixes: {why}",
+            f"{section.name_or_path} cannot share prefixes: {fitness.not_shared}",
             "set model.shared_prefix: auto, which then does not",
         )
-    return Built(model, PairLogprobs(base, shares_prefix=why is None), rows, why)
+    return Built(model, fitness.logprobs(base), rows, fitness)
 
 
 def rows_to_train(section: LoraSection, text: TextSide, fresh: FreshRows) -> list[int]:

@@ -1,9 +1,9 @@
 """Backbone and log-probs as one module: a flat batch in, one log-prob a prediction out.
 
-Two ways, the same numbers. `shares_prefix`: the flat row goes through the backbone once with shared-prefix attention,
-and only rows that predict something go through the head (head.py). Otherwise (models whose attention cannot be
-replaced): chosen and rejected as separate right-padded sequences through the stock forward. `why_not_shared` decides
-between them by trying both on a probe.
+Two ways, the same numbers. `shares_prefix`: the flat row goes through the backbone once with shared-prefix attention.
+Otherwise (models whose attention cannot be replaced): chosen and rejected as separate right-padded sequences through
+the stock backbone. In both, only rows that predict something go through the head (head.py). What a model is fit for is
+found by probe.py.
 
 Shapes: T tokens, P pairs, L padded length, M predictions, E hidden size, V vocabulary.
 """
@@ -16,9 +16,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from orpo_cli.data.batches import FlatBatch, cut_by_padded_tokens, cut_by_tokens, flat_batch
+from orpo_cli.data.batches import FlatBatch, cut_by_padded_tokens, cut_by_tokens
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.model import attention
 from orpo_cli.model.head import Head, target_logps
@@ -27,13 +28,20 @@ from orpo_cli.model.head import Head, target_logps
 class PairLogprobs(nn.Module):
     """The model as ORPO uses it. Called with a FlatBatch, returns log-probs (M,) float32 of its targets.
 
-    `model` is a transformers causal LM (with peft layers in place, if any). Callers choose train or eval mode.
+    `model` is a transformers causal LM (with peft layers in place, if any). `ragged` permits the ragged attention
+    kernel where there is one; `full_logits` is for a head that is more than Head computes, and rules out shared
+    prefixes. Callers choose train or eval mode.
     """
 
-    def __init__(self, model: PreTrainedModel, shares_prefix: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, shares_prefix: bool, *, ragged: bool = True, full_logits: bool = False
+    ) -> None:
         super().__init__()
+        assert not (shares_prefix and full_logits)
         self.model = model
         self.shares_prefix = shares_prefix
+        self.ragged = ragged
+        self.full_logits = full_logits
         if shares_prefix:  # for good: gradient checkpointing runs the layers again in backward
             model.set_attn_implementation(attention.NAME)
 
@@ -43,17 +51,60 @@ class PairLogprobs(nn.Module):
             hidden = self.model.base_model(
                 input_ids=batch.input_ids[None],
                 position_ids=batch.position_ids[None],
-                segments=batch.segments,
+                layout=attention.Layout(batch.segments, batch.input_ids.device, ragged=self.ragged),
                 use_cache=False,
             ).last_hidden_state[0]  # (T, E)
-            return Head.of(self.model).target_logps(hidden.index_select(0, batch.rows), batch.targets)
-        input_ids, attention_mask, sequence, position = padded(batch)
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # (2P, L, V)
-        return target_logps(logits[sequence[batch.rows], position[batch.rows]], batch.targets)
+            return self._through_head(hidden.index_select(0, batch.rows), batch.targets)
+        input_ids, mask, sequence, position = padded(batch)
+        rows = sequence[batch.rows], position[batch.rows]
+        if self.full_logits:
+            return target_logps(self._padded(self.model, "logits", input_ids, mask)[rows], batch.targets)
+        hidden = self._padded(self.model.base_model, "last_hidden_state", input_ids, mask)  # (2P, L, E)
+        return self._through_head(hidden[rows], batch.targets)
+
+    def _through_head(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probs (M,) of targets (M,) given hidden states (M, E), which a backbone may leave in float32."""
+        dtype = self.model.get_output_embeddings().weight.dtype
+        return Head.of(self.model).target_logps(hidden.to(dtype), targets)
+
+    def _padded(self, module: nn.Module, output: str, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """An output (2P, L, ...) of the model or its backbone for 2P sequences, with nothing but rounding between them.
+
+        One pass; but beyond the length at which rotary frequencies begin to depend on the longest sequence beside
+        them, sequences go by themselves.
+        """
+
+        def run(input_ids: Tensor, mask: Tensor) -> Tensor:
+            return getattr(module(input_ids=input_ids, attention_mask=mask, use_cache=False), output)
+
+        limit = length_dependent_beyond(self.model.config)
+        if limit is None or input_ids.shape[1] <= limit:
+            return run(input_ids, mask)
+        alone = [
+            run(ids[None, :length], seen[None, :length])[0]
+            for ids, seen, length in zip(input_ids, mask, mask.sum(1).tolist(), strict=True)
+        ]
+        return pad_sequence(alone, batch_first=True)
 
     def micro_batches(self, pairs: Sequence[TokenizedPair], max_tokens: int) -> list[list[TokenizedPair]]:
         """Cut pairs into micro-batches of at most `max_tokens` tokens, padding counted where there is some."""
         return cut_by_tokens(pairs, max_tokens) if self.shares_prefix else cut_by_padded_tokens(pairs, max_tokens)
+
+
+def length_dependent_beyond(config: PreTrainedConfig) -> int | None:
+    """The length beyond which a model's rotary frequencies depend on the longest sequence of a batch, if there is one.
+
+    So it is with LongRoPE (arXiv 2402.13753) and with dynamic NTK scaling.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    flavours = rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]
+    limits = [
+        flavour.get("original_max_position_embeddings") or text.max_position_embeddings
+        for flavour in flavours
+        if flavour.get("rope_type") in ("longrope", "dynamic")
+    ]
+    return min(limits, default=None)
 
 
 def padded(batch: FlatBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,65 +125,6 @@ def padded(batch: FlatBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sequence.append(torch.full((segment.shared + segment.chosen,), 2 * p))
         sequence.append(torch.full((segment.rejected,), 2 * p + 1))
     return input_ids.to(device), mask.to(device), torch.cat(sequence).to(device), batch.position_ids
-
-
-def why_not_shared(model: PreTrainedModel) -> str | None:
-    """Why the model cannot run flat batches with shared prefixes, in words for the log; None when it can.
-
-    Some things no probe of a few tokens would show are read off the configuration; all else is tried: every layer must
-    call our attention, with the window its configuration promises, and two pairs in one flat row must give the
-    log-probs of the padded stock forward.
-    """
-    text = model.config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    if unknown := kinds - {"full_attention", "sliding_attention", "attention"}:
-        return f"it has {', '.join(sorted(unknown))} layers"
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        return "its attention logits are soft-capped"
-    rope = getattr(text, "rope_parameters", None) or {}
-    flavours = rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]
-    if any(flavour.get("rope_type") in ("longrope", "dynamic") for flavour in flavours):
-        return "its rotary frequencies depend on the longest sequence of a batch"
-
-    windows: list[int | None] = []
-
-    def counted(module: nn.Module, *args, **kwargs):  # type: ignore[no-untyped-def]
-        windows.append(kwargs.get("sliding_window"))
-        return attention.shared_prefix_attention(module, *args, **kwargs)
-
-    probe = _probe(text.vocab_size).to(model.get_input_embeddings().weight.device)
-    stock_attention = model.config._attn_implementation
-    with inference(model), torch.no_grad():
-        expected = PairLogprobs(model, shares_prefix=False)(probe)
-        try:
-            attention.AttentionInterface.register(attention.NAME, counted)
-            got = PairLogprobs(model, shares_prefix=True)(probe)
-        except Exception as error:  # an unknown architecture may fail in any way; the stock forward is always right
-            return f"its forward pass does not take a flat row ({type(error).__name__})"
-        finally:
-            model.set_attn_implementation(stock_attention)
-            attention.AttentionInterface.register(attention.NAME, attention.shared_prefix_attention)
-    if len(windows) != text.num_hidden_layers:
-        return f"{len(windows)} of its {text.num_hidden_layers} layers take another attention function"
-    promised = (getattr(text, "layer_types", None) or []).count("sliding_attention")
-    if promised > sum(window is not None for window in windows):
-        return "its sliding windows are applied outside its attention function"
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1  # the latter for the rounding of half precision
-    if not torch.allclose(got, expected, rtol=tolerance, atol=tolerance):
-        return f"its log-probs differ by {(got - expected).abs().max().item():.2g} from the stock forward's"
-    return None
-
-
-def _probe(vocabulary: int) -> FlatBatch:
-    """Two pairs of fixed pseudo-random tokens, their prompts long enough that hiding one would show."""
-    ids = np.arange(1, 64, dtype=np.int64) * 7919 % (vocabulary - 1) + 1
-    return flat_batch(
-        [
-            TokenizedPair(0, ids[:20], np.concatenate([ids[:12], ids[40:46]]), 12, 12, None),
-            TokenizedPair(1, ids[20:33], np.concatenate([ids[20:28], ids[50:60]]), 8, 8, None),
-        ],
-        "response",
-    )
 
 
 @contextmanager

@@ -204,8 +204,8 @@ def describe_run(run: Run, built: Built) -> None:
     )
     if built.trained_rows:
         say(f"  {len(built.trained_rows)} embedding rows are trained too; new or untrained ones start at the mean")
-    if built.why_not_shared:
-        say(f"  prompts are not shared between a pair's answers: {built.why_not_shared}")
+    if built.fitness.remark:
+        say(f"  {built.fitness.remark}")
     say(
         f"training: {run.total_steps:,} steps of {section.batch_size} pairs, peak learning rate "
         f"{recipe.peak_learning_rate:.3g} ({section.lr_scheduler_type}), beta {recipe.loss.beta}, "
@@ -246,7 +246,7 @@ def manifest(
             "added_tokens": text.added_tokens,
             "trained_rows": built.trained_rows,
         },
-        "shared_prefix": built.why_not_shared is None,
+        "shared_prefix": built.fitness.not_shared is None,
         "max_tokens_per_microbatch": max_tokens(recipe, device),
         "learning_rate": recipe.peak_learning_rate,
         "data": {"train": train_set.summary(), "eval": held_out.summary() if held_out else None},
