@@ -45,7 +45,6 @@ class ImpossibleRecipeError(ValueError):
 # `*` stands for each item of a list.
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "model.device_map": ((None,), "leave it null; load_in_4bit makes a large base fit one device"),
-    "train.optimizer": (("adamw",), "use adamw"),
     "train.load_best_model_at_end": (
         (False,),
         "the best checkpoint is kept in checkpoints/; merge it by hand",

@@ -349,8 +349,9 @@ class TrainSection(Section):
     max_tokens_per_microbatch: Literal["auto"] | Count = "auto"
     """Tokens computed at once on a device: the memory knob, which changes nothing but rounding. `auto`: a function of
     recipe and device, kept in the checkpoint."""
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """The optimizer."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW. `8bit`: its moments take a quarter of the memory (CUDA and CPU); `paged`: they give way to the host's
+    memory when the device's runs out (CUDA)."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of Adam's first moment."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999

@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from orpo_cli.errors import InputError
 from orpo_cli.recipe.schema import TrainSection
 
 # Share of the run over which warmup_stable_decay comes down at its end.
 DECAY_SHARE = 0.2
+# bitsandbytes' optimizers by the recipe's names, and the devices it has them for: only CUDA can page memory out.
+_BITSANDBYTES = {
+    "adamw_8bit": ("AdamW8bit", ("cuda", "cpu")),
+    "paged_adamw": ("PagedAdamW", ("cuda",)),
+    "paged_adamw_8bit": ("PagedAdamW8bit", ("cuda",)),
+}
+
+
+def check_optimizer(section: TrainSection, device: torch.device) -> None:
+    """Raise InputError when the recipe's optimizer does not exist for the device."""
+    _, devices = _BITSANDBYTES.get(section.optimizer, ("", (device.type,)))
+    if device.type not in devices:
+        alike = [name for name, (_, types) in _BITSANDBYTES.items() if device.type in types]
+        raise InputError(
+            f"train.optimizer: {section.optimizer} runs on {' and '.join(devices)}, and this device is {device.type}",
+            f"set train.optimizer: {' or '.join(['adamw', *alike])}",
+        )
 
 
 class Optimizer:
     """AdamW (Loshchilov, Hutter 2019) that steps float32 weights whatever dtype the model computes in.
+
+    Its moments are float32, or 8 bits in blocks of 256 (Dettmers et al. 2021, arXiv 2110.02861); paged, they are moved
+    out to the host's memory while the device needs its own.
 
     A parameter kept in half precision gets a float32 master: its gradient is added to the master's in float32 the
     moment backward has made it, and the parameter is the master's rounding after each step. At the learning rates of
@@ -28,16 +51,11 @@ class Optimizer:
         self.max_grad_norm = section.max_grad_norm or math.inf
         decayed = [m for m in self.masters.values() if m.ndim > 1]  # norms and biases are not pulled to zero
         plain = [m for m in self.masters.values() if m.ndim <= 1]
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": section.weight_decay},
-                {"params": plain, "weight_decay": 0.0},
-            ],
-            lr=0.0,
-            betas=(section.adam_beta1, section.adam_beta2),
-            eps=section.adam_epsilon,
-            fused=next(iter(self.masters.values())).device.type in ("cpu", "cuda"),
-        )
+        groups = [
+            {"params": decayed, "weight_decay": section.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        self.adamw = _adamw(groups, section, next(iter(self.masters.values())).device)
 
     def gradients(self) -> list[Tensor]:
         """The float32 gradients accumulated so far, one for every parameter, in their order.
@@ -71,22 +89,36 @@ class Optimizer:
         state: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             for key, value in self.adamw.state.get(master, {}).items():
-                state[f"{key}.{name}"] = value
+                is_shared = key.startswith("qmap")  # what the 8 bits stand for: one table for all parameters
+                state[key if is_shared else f"{key}.{name}"] = torch.as_tensor(value)
             if master is not self.parameters[name]:
                 state[f"master.{name}"] = master.detach()
         return state
 
+    @torch.no_grad()
     def load_tensors(self, state: dict[str, Tensor]) -> None:
         """The inverse of `tensors`."""
-        with torch.no_grad():
-            for name, master in self.masters.items():
-                if f"master.{name}" in state:
-                    master.copy_(state[f"master.{name}"])
-                moments = {
-                    key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state
-                }
-                if moments:
-                    self.adamw.state[master] = {key: value.to(master.device) for key, value in moments.items()}
+        saved: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for path, tensor in state.items():
+            key, _, name = path.partition(".")
+            saved[name][key] = tensor
+        shared = saved.pop("", {})
+        names = {master: name for name, master in self.masters.items()}
+        for g, group in enumerate(self.adamw.param_groups):
+            for p, master in enumerate(group["params"]):
+                of_master = saved[names[master]]
+                if "master" in of_master:
+                    master.copy_(of_master.pop("master"))
+                if not of_master:
+                    continue
+                if isinstance(self.adamw, torch.optim.AdamW):
+                    self.adamw.state[master] = {key: value.to(master.device) for key, value in of_master.items()}
+                    continue
+                self.adamw.init_state(group, master, g, p)  # its buffers may have to lie in paged memory
+                own = self.adamw.state[master]
+                for key, buffer in own.items():
+                    value = of_master[key] if key in of_master else shared[key]
+                    own[key] = buffer.copy_(value) if isinstance(buffer, Tensor) else value.item()
         self._publish()
 
     @torch.no_grad()
@@ -94,6 +126,20 @@ class Optimizer:
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
+
+
+def _adamw(groups: list[dict[str, Any]], section: TrainSection, device: torch.device) -> Any:
+    settings: dict[str, Any] = {
+        "lr": 0.0,
+        "betas": (section.adam_beta1, section.adam_beta2),
+        "eps": section.adam_epsilon,
+    }
+    if section.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **settings, fused=device.type in ("cpu", "cuda"))
+    import bitsandbytes.optim
+
+    name, _ = _BITSANDBYTES[section.optimizer]
+    return getattr(bitsandbytes.optim, name)(groups, **settings)
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

@@ -46,7 +46,7 @@ from orpo_cli.run import RunDirectory, check_unchanged, read_manifest
 from orpo_cli.train.checkpoint import load_checkpoint, newest_sound, save_checkpoint
 from orpo_cli.train.distributed import Processes, seed_everything
 from orpo_cli.train.loop import Progress, Run, score_together, train_steps
-from orpo_cli.train.optimizer import Optimizer
+from orpo_cli.train.optimizer import Optimizer, check_optimizer
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
     processes = Processes()
     mute(not processes.is_main)
     run = RunDirectory(Path(recipe.output.dir))
+    check_optimizer(recipe.train, processes.device)
     resumes = start.resume or start.resume_from is not None
     if processes.is_main:
         run.claim(resume=resumes, overwrite=start.overwrite)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from orpo_cli.errors import InputError
 from orpo_cli.recipe import TrainSection
-from orpo_cli.train.optimizer import Optimizer, learning_rate, warmup_steps
+from orpo_cli.train.optimizer import Optimizer, check_optimizer, learning_rate, warmup_steps
 
 
 def rates(total: int, **keys) -> list[float]:
@@ -41,9 +42,9 @@ def test_the_warm_up_ratio_is_a_share_of_the_steps_rounded_up_and_steps_win():
     assert warmup_steps(TrainSection(lr_scheduler_type="constant"), 95) == 0
 
 
-def layers(dtype: torch.dtype) -> nn.Module:
+def layers(dtype: torch.dtype, width: int = 5) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 1)).to(dtype)
+    return nn.Sequential(nn.Linear(6, width), nn.Linear(width, 1)).to(dtype)
 
 
 def test_float32_steps_are_those_of_torch_adamw():
@@ -90,30 +91,69 @@ def test_a_parameter_that_nothing_reached_has_a_gradient_of_zeros():
     assert [g.abs().sum().item() for g in optimizer.gradients()] == [0, 0, 0, 1]
 
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="paged memory needs CUDA")
+PAGED = [pytest.param(kind, marks=needs_cuda) for kind in ("paged_adamw", "paged_adamw_8bit")]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_restored_optimizer_goes_on_to_the_same_bits(dtype):
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit", *PAGED])
+def test_a_restored_optimizer_goes_on_to_the_same_bits(kind, dtype):
+    section = TrainSection(optimizer=kind)
+    device = torch.device("cuda" if kind.startswith("paged") else "cpu")
+
     def steps(model, optimizer, numbers):
         for number in numbers:
-            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(number)).to(dtype)
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(number)).to(device, dtype)
             model(x).square().sum().backward()
             optimizer.clip()
             optimizer.step(1e-3)
 
-    whole = layers(dtype)
-    optimizer = Optimizer(whole.named_parameters(), TrainSection())
+    whole = layers(dtype, width=2000).to(device)  # 8 bits from 4,096 numbers on, pages from 100,000: some of either
+    optimizer = Optimizer(whole.named_parameters(), section)
     steps(whole, optimizer, range(3))
     saved = {name: tensor.clone() for name, tensor in optimizer.tensors().items()}
     weights = {name: p.detach().clone() for name, p in whole.named_parameters()}
     steps(whole, optimizer, range(3, 6))
 
-    resumed = layers(dtype)
+    resumed = layers(dtype, width=2000).to(device)
     with torch.no_grad():
         for name, parameter in resumed.named_parameters():
             parameter.copy_(weights[name])
-    again = Optimizer(resumed.named_parameters(), TrainSection())
-    again.load_tensors(saved)
+    again = Optimizer(resumed.named_parameters(), section)
+    again.load_tensors({name: tensor.cpu() for name, tensor in saved.items()})
     steps(resumed, again, range(3, 6))
     for mine, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     for name, tensor in optimizer.tensors().items():
         assert torch.equal(tensor, again.tensors()[name]), name
+
+
+def test_8_bit_moments_step_about_as_float32_ones_do():
+    models, section = [], {"weight_decay": 0.1}
+    for kind in ("adamw", "adamw_8bit"):
+        model = layers(torch.float32, width=2000)
+        optimizer = Optimizer(model.named_parameters(), TrainSection(optimizer=kind, **section))
+        for number in range(20):
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(number))
+            model(x).square().sum().backward()
+            optimizer.step(1e-3)
+        models.append(model)
+    state = optimizer.tensors()
+    assert state["state1.0.weight"].dtype == state["state2.0.weight"].dtype == torch.uint8
+    assert state["absmax1.0.weight"].shape == (math.ceil(12_000 / 256),)
+    assert state["state1.1.weight"].dtype == torch.float32  # small ones are not worth it
+    start = dict(layers(torch.float32, width=2000).named_parameters())
+    for (name, exact), (_, rounded) in zip(*(model.named_parameters() for model in models), strict=True):
+        moved = (exact - start[name]).norm()
+        assert moved > 0
+        assert (rounded - exact).norm() < 0.1 * moved, name
+
+
+def test_an_optimizer_that_the_device_has_not_is_refused():
+    cpu = torch.device("cpu")
+    for kind in ("adamw", "adamw_8bit"):
+        check_optimizer(TrainSection(optimizer=kind), cpu)
+    with pytest.raises(InputError, match="paged_adamw runs on cuda, and this device is cpu") as caught:
+        check_optimizer(TrainSection(optimizer="paged_adamw"), cpu)
+    assert caught.value.hint == "set train.optimizer: adamw or adamw_8bit"
+    check_optimizer(TrainSection(optimizer="paged_adamw_8bit"), torch.device("cuda"))

@@ -132,12 +132,13 @@ def test_the_same_recipe_twice_gives_the_same_bytes(tiny_recipe, tmp_path, lora)
         {"lora": {"r": 4, "dropout": 0.2}, "model": {"chat_template": "chatml"}},
         {"lora": None, "model": {"dtype": "bfloat16"}},
         {"lora": {"r": 4}, "data": {"streaming": True}},
+        {"lora": None, "model": {"dtype": "bfloat16"}, "train": {"optimizer": "adamw_8bit"}},
     ],
-    ids=["lora", "full-bfloat16", "stream"],
+    ids=["lora", "full-bfloat16", "stream", "8-bit-moments"],
 )
 def test_a_killed_run_goes_on_to_the_same_bytes(tiny_recipe, tmp_path, changes):
     """SIGKILL after a checkpoint, mid-epoch, with steps and rows after the checkpoint lost."""
-    common = {"train": {"max_steps": 12, "eval_steps": 3, "save_steps": 3}}
+    common = {"train": {"max_steps": 12, "eval_steps": 3, "save_steps": 3, **changes.get("train", {})}}
     train(load_recipe(tiny_recipe(**{**changes, **common}, output={"dir": str(tmp_path / "whole")})))
 
     recipe = tiny_recipe(**{**changes, **common}, output={"dir": str(tmp_path / "killed")})
@@ -381,6 +382,13 @@ def test_sample_prompts_are_answered_at_each_evaluation(tiny_recipe):
     samples = [json.loads(line) for line in (Path(recipe.output.dir) / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [0, 2, 4]
     assert {sample["prompt"] for sample in samples} == {"Which is larger?"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA has them all")
+def test_an_optimizer_that_the_device_has_not_is_an_error_before_anything_is_written(tiny_recipe, tmp_path):
+    with pytest.raises(InputError, match="paged_adamw_8bit runs on cuda"):
+        train(load_recipe(tiny_recipe(train={"optimizer": "paged_adamw_8bit"})))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_of_another_run_is_refused(tiny_recipe, tiny_run, tmp_path):
