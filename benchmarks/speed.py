@@ -1,120 +1,72 @@
-"""Speed and memory of a training run against the bare transformer and, where it is installed, TRL's ORPOTrainer.
+"""Speed and memory of a training run against TRL, LLaMA-Factory and the bare transformer.
 
-    python benchmarks/speed.py --data HH_RLHF --tokenizer DIR [--layers 8] [--pairs 96] [--rounds 3] [--trl PYTHON]
+    python benchmarks/speed.py --data HH_RLHF --tokenizer DIR [--trl PYTHON] [--llamafactory PYTHON]
+        [--layers 8] [--pairs 96] [--rounds 3] [--sweep] [--set KEY=VALUE ...]
 
-The model is a random Llama of SmolLM2-135M's width (hidden 576, intermediate 1536, 9 heads over 3, vocabulary 49,152)
-in bfloat16, with LoRA r 16 on all linear layers, 16 pairs a step of at most 1,024 tokens. All sides run in turn, in
-one session; ratios are of medians, with the range over rounds. `--trl` names the Python of an environment that has trl.
+How to make the peers' environments stands at the top of the scripts in `peers/`.
+
+The model is a random Llama of SmolLM2-135M's width (hidden 576, intermediate 1536, 9 heads over 3, vocabulary 49,152,
+tied) in bfloat16, with LoRA r 16, alpha 32 on all linear layers, 16 pairs a step of at most 1,024 tokens. All sides
+run in turn, round by round, on the same tokens in the same order, and each peer against the loss of ours that is its
+own: `nll_tokens: all, nll_reduction: token` for TRL, `response, pair` for LLaMA-Factory. Ours runs with its defaults,
+but for `--set`. The peers run at micro-batch 1 without checkpointing, their fastest on a CPU; `--sweep` looks for the
+fastest of micro-batch 1, 2, 4 and 8 with checkpointing on and off, in runs of two steps, and prints what it found.
+
+Ratios are taken round by round: their median, and their range. A step of one pair a micro-batch weighs TRL's NLL by
+pairs, not by tokens, so that its first loss differs a little from ours; `first_loss.py` compares them exactly.
+
 The bare transformer is the stock backbone with frozen weights and SDPA, its inputs requiring a gradient: forward and
-backward over as many tokens as our flat batches have, one packed micro-batch a call, no head; best of three.
+backward over as many tokens as our flat batches have, 1,024 a call, no head; best of three.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from common import (
+    BATCH,
+    HIDDEN,
+    LIKE_LLAMAFACTORY,
+    LIKE_TRL,
+    LLAMAFACTORY,
+    SETTINGS,
+    TRL,
+    Setting,
+    Task,
+    Trained,
+    apart,
+    arguments,
+    machine,
+    make_model,
+    make_pairs,
+    ratios,
+    same_tokens,
+    spread,
+    sweep,
+    train_ours,
+    train_peer,
+)
 
-from orpo_cli.data.formats import Drop, read_pair, recognise
-from orpo_cli.data.sources import open_source
-from orpo_cli.recipe import SourceSpec
-
-BATCH = 16
-MICRO_TOKENS = 1024
-PEER = Path(__file__).parent / "peers" / "trl_orpo.py"
-
-
-def make_model(directory: Path, layers: int, tokenizer: str) -> None:
-    """The bench's random model."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
-
-
-def make_pairs(path: Path, data: str, tokenizer: str, count: int) -> None:
-    """The first usable pairs as strings that are rendered already, so that all sides see one text."""
-    rows = open_source([SourceSpec(path=data)])
-    form = recognise(rows.heads(64)[0])
-    tokens = AutoTokenizer.from_pretrained(tokenizer)
-    lines: list[str] = []
-    for row in rows.rows():
-        try:
-            pair = read_pair(row, form)
-        except Drop:
-            continue
-        assert not isinstance(pair.prompt, str)
-        prompt = "".join(f"\n\n{m.role.capitalize()}: {m.content}" for m in pair.prompt) + "\n\nAssistant:"
-        longest = max(len(tokens(prompt + " " + answer).input_ids) for answer in (pair.chosen, pair.rejected))
-        if longest < 1000:
-            texts = {"prompt": prompt, "chosen": " " + pair.chosen, "rejected": " " + pair.rejected}
-            lines.append(json.dumps(texts) + "\n")
-        if len(lines) == count:
-            break
-    path.write_text("".join(lines))
-
-
-def ours(model: Path, pairs: Path, scratch: Path, steps: int, settings: list[str]) -> dict:
-    """One `orpo train` in a process of its own: seconds of each step, first loss, peak memory, wall time."""
-    recipe = scratch / "recipe.yaml"
-    recipe.write_text(
-        f"model: {{name_or_path: {model}, chat_template: none}}\n"
-        f"data: {{train: {pairs}, shuffle: false}}\n"
-        f"train: {{max_steps: {steps}, learning_rate: 1e-4, max_tokens_per_microbatch: {MICRO_TOKENS}}}\n"
-        f"output: {{dir: {scratch / 'run'}, merge: false}}\n"
-    )
-    command = [sys.executable, "-m", "orpo_cli", "train", str(recipe), "--overwrite"]
-    started = time.perf_counter()
-    subprocess.run([*command, *(a for s in settings for a in ("--set", s))], check=True, capture_output=True)
-    wall = time.perf_counter() - started
-    rows = [json.loads(line) for line in (scratch / "run/metrics.jsonl").read_text().splitlines()]
-    return {
-        "seconds": [row["seconds"] for row in rows],
-        "pairs": sum(row["pairs"] for row in rows),
-        "tokens": sum(row["tokens"] for row in rows),
-        "first_loss": rows[0]["loss"],
-        "peak_gib": rows[-1]["peak_memory_gib"],
-        "wall": wall,
-    }
-
-
-def trl(python: str, model: Path, pairs: Path, scratch: Path, steps: int, micro: int) -> dict:
-    """The same by TRL."""
-    started = time.perf_counter()
-    arguments = [python, str(PEER), str(model), str(pairs), str(micro), str(BATCH), str(steps)]
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=scratch, check=True)
-    return {**json.loads(done.stdout.splitlines()[-1]), "wall": time.perf_counter() - started}
+SWEEP_STEPS = 2
+BARE_TOKENS = 1024
 
 
 def bare_transformer(model: Path, tokens: int) -> float:
     """Seconds of the stock backbone's forward and backward over this many tokens; best of three."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     backbone = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).base_model.requires_grad_(False)
-    calls = [MICRO_TOKENS] * (tokens // MICRO_TOKENS) + [tokens % MICRO_TOKENS]
+    calls = [BARE_TOKENS] * (tokens // BARE_TOKENS) + [tokens % BARE_TOKENS]
 
     def once() -> float:
         started = time.perf_counter()
         for length in filter(None, calls):
-            inputs = torch.randn(1, length, 576, dtype=torch.bfloat16, requires_grad=True)
+            inputs = torch.randn(1, length, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
             hidden = backbone(inputs_embeds=inputs, use_cache=False).last_hidden_state
             hidden.backward(torch.ones_like(hidden))
         return time.perf_counter() - started
@@ -122,56 +74,71 @@ def bare_transformer(model: Path, tokens: int) -> float:
     return min(once() for _ in range(3))
 
 
-def spread(values: list[float]) -> str:
-    """Median and range."""
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--trl")
-    parser.add_argument("--micro", type=int, default=1, help="TRL's micro-batch; 1 is its best on a CPU")
+    parser = arguments(__doc__)
+    parser.add_argument("--llamafactory", metavar="PYTHON", help="the Python of an environment with LLaMA-Factory")
+    parser.add_argument("--sweep", action="store_true", help="look for the peers' fastest setting first")
     options = parser.parse_args()
-    steps = options.pairs // BATCH
 
-    print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {options.layers} layers"
-    )
-    with tempfile.TemporaryDirectory() as scratch_name:
-        scratch = Path(scratch_name)
-        model, pairs = scratch / "model", scratch / "pairs.jsonl"
-        make_model(model, options.layers, options.tokenizer)
-        make_pairs(pairs, options.data, options.tokenizer, options.pairs)
-        sides: dict[str, list[dict]] = {"orpo, nll all": [], "orpo, nll response": [], "TRL, nll all": []}
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        task = Task(scratch, scratch / "model", scratch / "pairs.jsonl", steps=options.pairs // BATCH)
+        apart(make_model, task.model, options.layers, options.tokenizer)
+        apart(make_pairs, task.pairs, options.data, options.tokenizer, options.pairs)
+
+        def ours(nll: tuple[str, str]) -> Callable[[Task], Trained]:
+            return lambda task: train_ours(task, nll, options.set)
+
+        def peer(name: str, python: str, script: Path) -> Callable[[Task], Trained]:
+            short, setting = replace(task, steps=min(SWEEP_STEPS, task.steps)), Setting()
+            if options.sweep:
+                setting = sweep(name, lambda setting: train_peer(short, python, script, setting), SETTINGS)
+            print(f"\n{name}: {setting}", flush=True)
+            return lambda task: train_peer(task, python, script, setting)
+
+        sides = {"orpo, NLL like TRL": ours(LIKE_TRL), "orpo, NLL like LLaMA-Factory": ours(LIKE_LLAMAFACTORY)}
+        against: dict[str, str] = {}  # peer -> the side of ours it is compared with
+        if options.trl:
+            sides["TRL"], against["TRL"] = peer("TRL", options.trl, TRL), "orpo, NLL like TRL"
+        if options.llamafactory:
+            sides["LLaMA-Factory"] = peer("LLaMA-Factory", options.llamafactory, LLAMAFACTORY)
+            against["LLaMA-Factory"] = "orpo, NLL like LLaMA-Factory"
+
+        for train in sides.values():  # programs and libraries into the page cache, for everyone alike
+            train(replace(task, steps=1, batch=2))
+        runs: dict[str, list[Trained]] = {side: [] for side in sides}
         bare: list[float] = []
         for _ in range(options.rounds):
-            token = ["loss.nll_tokens=all", "loss.nll_reduction=token"]
-            sides["orpo, nll all"].append(ours(model, pairs, scratch, steps, token))
-            sides["orpo, nll response"].append(ours(model, pairs, scratch, steps, []))
-            bare.append(bare_transformer(model, sides["orpo, nll response"][-1]["tokens"]))
-            if options.trl:
-                sides["TRL, nll all"].append(trl(options.trl, model, pairs, scratch, steps, options.micro))
+            for side, train in sides.items():
+                runs[side].append(train(task))
+            bare.append(apart(bare_transformer, task.model, runs["orpo, NLL like TRL"][-1].flat_tokens))
 
-    print("\n| | pairs/s over the steps | seconds in all | peak GiB | first loss |\n|---|---|---|---|---|")
-    for name, runs in sides.items():
-        if runs:
-            speeds = [run["pairs"] / sum(run["seconds"]) for run in runs]
-            walls, peaks = [run["wall"] for run in runs], [run["peak_gib"] for run in runs]
-            print(f"| {name} | {spread(speeds)} | {spread(walls)} | {spread(peaks)} | {runs[0]['first_loss']:.4f} |")
-    own = sides["orpo, nll response"]
-    times = [sum(run["seconds"]) / seconds for run, seconds in zip(own, bare, strict=True)]
-    print(f"\nan epoch takes {spread(times)} times the bare transformer's forward and backward ({spread(bare)} s)")
-    if options.trl:
-        pairs_of = zip(sides["orpo, nll all"], sides["TRL, nll all"], strict=True)
-        ratios = [sum(peer["seconds"]) / sum(mine["seconds"]) for mine, peer in pairs_of]
-        pairs_of = zip(sides["orpo, nll all"], sides["TRL, nll all"], strict=True)
-        memory = [mine["peak_gib"] / peer["peak_gib"] for mine, peer in pairs_of]
-        print(f"TRL takes {spread(ratios)} times as long; we take {spread(memory)} of its memory")
+    first = [of_side[0] for of_side in runs.values()]
+    print(f"\n{machine(first)}")
+    print(
+        f"{options.layers} layers, {task.steps} steps of {task.batch} pairs, {first[0].flat_tokens:,} tokens; "
+        f"{options.rounds} rounds: median (lowest to highest)\n"
+    )
+    print("| | pairs/s over the steps | seconds in all | peak GiB | first loss | steps / bare transformer |")
+    print("|---|---|---|---|---|---|")
+    for side, of_side in runs.items():
+        cells = [
+            spread(run.pairs_per_second for run in of_side),
+            spread(run.wall for run in of_side),
+            spread(run.peak_gib for run in of_side),
+            f"{of_side[0].first_loss:.4f}",
+            spread(sum(run.seconds) / seconds for run, seconds in zip(of_side, bare, strict=True)),
+        ]
+        print(f"| {side} | {' | '.join(cells)} |")
+    print(f"\nthe bare transformer takes {spread(bare)} s for these tokens, forward and backward")
+    for name, own in against.items():
+        for mine, theirs in zip(runs[own], runs[name], strict=True):
+            same_tokens(mine, theirs)
+        print(
+            f"{name} over orpo: time of the steps {ratios(runs[name], runs[own], lambda run: sum(run.seconds))}, "
+            f"seconds in all {ratios(runs[name], runs[own], lambda run: run.wall)}, "
+            f"memory {ratios(runs[name], runs[own], lambda run: run.peak_gib)}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,75 +1,72 @@
-"""TRL's ORPOTrainer on the bench's model and pairs, in TRL's own environment; prints one JSON object.
+"""TRL's ORPOTrainer on the bench's model and pairs; prints one line of JSON.
 
-    python trl_orpo.py MODEL PAIRS MICRO_BATCH BATCH STEPS
+    python trl_orpo.py SETTINGS     (a JSON object; see the names read below)
 
-Speed is taken over the optimizer steps alone; memory is the whole process's peak.
+Its environment, from the root of this repository:
+
+    python3.11 -m venv ../trl
+    ../trl/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+    ../trl/bin/pip install -c constraints.txt trl==1.16.0 peft     # for a 4-bit base: and bitsandbytes
+
+What is chosen here for speed or likeness, where it is not said beside the key:
+micro-batch and checkpointing are the caller's; the trainer is given what it needs and logs the loss alone.
 """
 
 import json
-import resource
 import sys
-import time
 
 import torch
 from datasets import load_dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from watch import Watch
 
-model_name, pairs, micro, batch, steps = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
-
-
-class Clock(TrainerCallback):
-    """Notes when each step begins and ends, and the first loss."""
-
-    def __init__(self):
-        self.begun, self.seconds, self.loss = 0.0, [], None
-
-    def on_step_begin(self, *args, **kwargs):
-        self.begun = time.perf_counter()
-
-    def on_step_end(self, *args, **kwargs):
-        self.seconds.append(time.perf_counter() - self.begun)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.loss = self.loss or (logs or {}).get("loss")
-
-
-clock = Clock()
-tokenizer = AutoTokenizer.from_pretrained(model_name)
+settings = json.loads(sys.argv[1])
+dtype = getattr(torch, settings.get("dtype", "bfloat16"))
+quantised = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+)
+lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+evaluates = settings.get("evaluate", False)
+watch = Watch()
+pairs = load_dataset("json", data_files=settings["pairs"], split="train")
 trainer = ORPOTrainer(
-    model=AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.bfloat16),
+    model=AutoModelForCausalLM.from_pretrained(
+        settings["model"], dtype=dtype, quantization_config=quantised if settings.get("load_in_4bit") else None
+    ),
     args=ORPOConfig(
-        output_dir="unused",
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=batch // micro,
-        max_steps=steps,
-        max_length=1024,
+        output_dir="out",
+        per_device_train_batch_size=settings["micro"],
+        per_device_eval_batch_size=settings["micro"],
+        gradient_accumulation_steps=settings["batch"] // settings["micro"],
+        max_steps=settings["steps"],
+        max_length=settings["max_length"],
+        beta=0.1,
         learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",  # the order in which we take the pairs
+        # Autocast: PEFT's adapters, which it keeps in float32, compute in bfloat16 too.
+        bf16=settings.get("bf16", True),
+        gradient_checkpointing=settings["checkpointing"],
+        prediction_loss_only=True,
+        dataloader_num_workers=0,  # a worker would take a core, and batches are tiny
         logging_steps=1,
         save_strategy="no",
         report_to=[],
-        bf16=True,
+        disable_tqdm=True,
         use_cpu=True,
-        gradient_checkpointing=False,
-        disable_dropout=True,
-        beta=0.1,
-        dataloader_num_workers=0,
         remove_unused_columns=False,
     ),
-    train_dataset=load_dataset("json", data_files=pairs, split="train"),
-    processing_class=tokenizer,
-    peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-    callbacks=[clock],
+    train_dataset=pairs.select(range(1)) if evaluates else pairs,
+    eval_dataset=pairs if evaluates else None,
+    processing_class=AutoTokenizer.from_pretrained(settings["model"]),
+    peft_config=lora if settings.get("lora", True) and not evaluates else None,
+    callbacks=[watch],
 )
-trainer.train()
-print(
-    json.dumps(
-        {
-            "seconds": clock.seconds,
-            "pairs": batch * steps,
-            "first_loss": clock.loss,
-            "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        }
-    )
-)
+if evaluates:
+    print(json.dumps(trainer.evaluate()))
+else:
+    trainer.train()
+    trainer.save_model("out")  # what anyone would do, and we do
+    watch.report()

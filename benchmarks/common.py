@@ -1,0 +1,344 @@
+"""What the benchmarks share: a model, pairs, the sides as processes of their own, and how figures are printed.
+
+Every side, ours and the peers', is a command, and what it costs is taken from outside: wall time from the start of the
+process to its exit, and the peak of its resident memory as the kernel counts it, imports and all. Each command gets an
+empty Hugging Face cache, so that none finds its data prepared, and no GPU. A peer is a Python with that tool installed;
+how to make one stands at the top of its script in `peers/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+TRL = HERE / "peers" / "trl_orpo.py"
+LLAMAFACTORY = HERE / "peers" / "llamafactory_orpo.py"
+
+BATCH = 16
+MAX_LENGTH = 1024
+HIDDEN, VOCABULARY = 576, 49_152
+RECIPE = """\
+model: {{name_or_path: {model}, chat_template: none}}
+lora: {{r: 16, alpha: 32, dropout: 0.0, target_modules: all-linear}}
+data: {{train: {pairs}, shuffle: false, max_length: {max_length}}}
+loss: {{beta: 0.1, nll_tokens: {nll_tokens}, nll_reduction: {nll_reduction}}}
+train: {{max_steps: {steps}, batch_size: {batch}, learning_rate: 1e-4, lr_scheduler_type: constant, warmup_ratio: 0}}
+output: {{merge: false}}
+"""
+
+
+# ---- what a benchmark works on ----
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options that all benchmarks against peers have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="preference pairs, HH-RLHF for instance")
+    parser.add_argument("--tokenizer", required=True, help="a directory; at most 32,768 tokens")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--trl", metavar="PYTHON", help="the Python of an environment with TRL")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of our recipe")
+    return parser
+
+
+def make_model(directory: Path, layers: int, tokenizer: str, vocabulary: int = VOCABULARY) -> None:
+    """A random Llama of SmolLM2-135M's width in bfloat16, and a tokenizer without BOS, which TRL alone would add."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=HIDDEN,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    tokens = AutoTokenizer.from_pretrained(tokenizer)
+    tokens.bos_token = None
+    tokens.save_pretrained(directory)
+
+
+def make_pairs(path: Path, data: str, tokenizer: str, count: int) -> None:
+    """The first usable pairs of `data` as finished texts, so that all sides see the same.
+
+    Usable: they fit into MAX_LENGTH, and a prompt and its answer give the same tokens apart as together, since
+    LLaMA-Factory tokenises them apart.
+    """
+    from transformers import AutoTokenizer
+
+    from orpo_cli.data.formats import Drop, read_pair, recognise
+    from orpo_cli.data.sources import open_source
+    from orpo_cli.recipe import SourceSpec
+
+    tokens = AutoTokenizer.from_pretrained(tokenizer)
+
+    def ids(text: str) -> list[int]:
+        return tokens(text, add_special_tokens=False).input_ids
+
+    def fits(prompt: str, answer: str) -> bool:
+        both = ids(prompt + answer)
+        return len(both) < MAX_LENGTH and both == ids(prompt) + ids(answer)
+
+    rows = open_source([SourceSpec(path=data)])
+    form = recognise(rows.heads(64)[0])
+    lines: list[str] = []
+    for row in rows.rows():
+        try:
+            pair = read_pair(row, form)
+        except Drop:
+            continue
+        turns = [pair.prompt] if isinstance(pair.prompt, str) else [f"{m.role}: {m.content}" for m in pair.prompt]
+        prompt = "".join(f"\n\n{turn}" for turn in turns) + "\n\nassistant:"
+        texts = {"prompt": prompt, "chosen": f" {pair.chosen}", "rejected": f" {pair.rejected}"}
+        if fits(prompt, texts["chosen"]) and fits(prompt, texts["rejected"]):
+            lines.append(json.dumps(texts) + "\n")
+        if len(lines) == count:
+            break
+    if len(lines) < count:
+        raise SystemExit(f"error: {data} has only {len(lines)} usable pairs\nhint: lower --pairs")
+    path.write_text("".join(lines))
+
+
+def apart(function: Callable[..., Any], *args: Any) -> Any:
+    """Call it in a fresh process.
+
+    This process must stay small: a child inherits its peak of memory, and a benchmark's own torch and model would be
+    taken for the side's.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+# ---- a side ----
+
+
+class RunFailedError(Exception):
+    """A side ended with an error; its last words."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """What a command cost, seen from outside."""
+
+    output: str
+    wall: float  # seconds
+    peak_gib: float
+
+
+def run_process(command: Sequence[str | Path], scratch: Path) -> Process:
+    """Run a command to its end in an empty directory. Raises RunFailedError if it fails."""
+    with tempfile.TemporaryDirectory(dir=scratch) as directory:
+        output, errors = Path(directory, "stdout"), Path(directory, "stderr")
+        environment = {
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HOME": str(Path(directory, "cache")),
+            "HF_HUB_OFFLINE": "1",
+        }
+        with output.open("w") as out, errors.open("w") as err:
+            started = time.perf_counter()
+            process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=err, cwd=directory, env=environment)
+            _, status, usage = os.wait4(process.pid, 0)
+            wall = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != 0:
+            last = errors.read_text().strip().splitlines()[-3:]
+            raise RunFailedError(f"{Path(command[1]).name} ended with {process.returncode}: " + " / ".join(last))
+        peak = usage.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        return Process(output.read_text(), wall, peak)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all sides are given."""
+
+    scratch: Path
+    model: Path
+    pairs: Path
+    steps: int
+    batch: int = BATCH
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training run of one side."""
+
+    pairs: int
+    seconds: list[float]  # of each optimizer step
+    first_loss: float
+    tokens_digest: str  # stands for the token ids it trained on, prompt and answers, in order
+    threads: int
+    torch: str
+    wall: float  # seconds, from the start of the process to its exit
+    peak_gib: float  # of the whole process
+    flat_tokens: int = 0  # ours: tokens computed, a prompt once for both its answers
+
+    @property
+    def pairs_per_second(self) -> float:
+        """Over the optimizer steps alone."""
+        return self.pairs / sum(self.seconds)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is a peer's to choose: pairs of a micro-batch, and whether backward computes activations again.
+
+    The default is the fastest on a CPU: no padding, small logits.
+    """
+
+    micro: int = 1
+    checkpointing: bool = False
+
+    def __str__(self) -> str:
+        return f"micro-batch {self.micro}, checkpointing {'on' if self.checkpointing else 'off'}"
+
+
+SETTINGS = [Setting(micro, checkpointing) for checkpointing in (False, True) for micro in (1, 2, 4, 8)]
+
+LIKE_TRL = ("all", "token")
+LIKE_LLAMAFACTORY = ("response", "pair")
+"""`nll_tokens` and `nll_reduction` under which our loss is the peer's."""
+
+
+def write_recipe(task: Task, nll: tuple[str, str]) -> Path:
+    """Our recipe for the task."""
+    path = task.scratch / "recipe.yaml"
+    texts = {"model": json.dumps(str(task.model)), "pairs": json.dumps(str(task.pairs))}
+    sizes = {"steps": task.steps, "batch": task.batch, "max_length": MAX_LENGTH}
+    path.write_text(RECIPE.format(**texts, **sizes, nll_tokens=nll[0], nll_reduction=nll[1]))
+    return path
+
+
+def train_ours(task: Task, nll: tuple[str, str], overrides: Iterable[str] = ()) -> Trained:
+    """One `orpo train`, with the recipe's defaults for everything that is ours to choose."""
+    recipe, run = write_recipe(task, nll), task.scratch / "run"
+    command = [sys.executable, "-m", "orpo_cli", "train", recipe, "--output-dir", run, "--overwrite"]
+    process = run_process([*command, *(a for s in overrides for a in ("--set", s))], task.scratch)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    manifest = json.loads((run / "manifest.json").read_text())
+    return Trained(
+        pairs=sum(row["pairs"] for row in rows),
+        seconds=[row["seconds"] for row in rows],
+        first_loss=rows[0]["loss"],
+        tokens_digest=apart(our_tokens_digest, recipe),
+        threads=manifest["threads"],
+        torch=manifest["versions"]["torch"],
+        wall=process.wall,
+        peak_gib=process.peak_gib,
+        flat_tokens=sum(row["tokens"] for row in rows),
+    )
+
+
+def our_tokens_digest(recipe_file: Path) -> str:
+    """What `Trained.tokens_digest` is of our side."""
+    from peers.watch import tokens_digest
+
+    from orpo_cli.data.dataset import load_pairs
+    from orpo_cli.model.build import load_text_side, pair_tokenizer
+    from orpo_cli.recipe import load_recipe
+
+    recipe = load_recipe(recipe_file)
+    pairs, _ = load_pairs(recipe.data, pair_tokenizer(recipe, load_text_side(recipe)), recipe.train)
+    return tokens_digest(
+        (p.chosen_ids.tolist(), p.chosen_start, p.rejected_ids.tolist(), p.rejected_start)
+        for p in pairs.in_source_order()
+    )
+
+
+def train_peer(task: Task, python: str, script: Path, setting: Setting, **more: Any) -> Trained:
+    """The same by a peer; `more` as its script says."""
+    settings = {
+        "model": str(task.model),
+        "pairs": str(task.pairs),
+        "max_length": MAX_LENGTH,
+        "batch": task.batch,
+        "steps": task.steps,
+        "micro": min(setting.micro, task.batch),
+        "checkpointing": setting.checkpointing,
+        **more,
+    }
+    process = run_process([python, script, json.dumps(settings)], task.scratch)
+    told = json.loads(process.output.splitlines()[-1])
+    return Trained(**told, pairs=task.batch * task.steps, wall=process.wall, peak_gib=process.peak_gib)
+
+
+def same_tokens(ours: Trained, peer: Trained) -> None:
+    """Stop the benchmark if the two did not train on the same token ids."""
+    if ours.tokens_digest != peer.tokens_digest:
+        raise SystemExit("error: the peer trained on other tokens than we did, so that nothing can be compared")
+
+
+# ---- a peer's best setting ----
+
+
+def sweep(name: str, run: Callable[[Setting], Any], settings: Iterable[Setting]) -> Setting:
+    """Try the settings, print a table, return the fastest. `run` gives pairs_per_second and peak_gib."""
+    print(f"\n{name}:\n\n| micro-batch | checkpointing | pairs/s | peak GiB |\n|---|---|---|---|")
+    speeds: dict[Setting, float] = {}
+    peak = 0.0
+    for setting in settings:
+        cells = f"{setting.micro} | {'on' if setting.checkpointing else 'off'}"
+        if setting.micro == 1:
+            peak = 0.0
+        if 2 * peak > memory_gib():  # twice the pairs, up to twice the memory
+            print(f"| {cells} | might not fit | |", flush=True)
+            continue
+        try:
+            result = run(setting)
+        except RunFailedError as error:
+            print(f"| {cells} | {error} | |", flush=True)
+            continue
+        speeds[setting], peak = result.pairs_per_second, result.peak_gib
+        print(f"| {cells} | {speeds[setting]:.2f} | {peak:.2f} |", flush=True)
+    if not speeds:
+        raise SystemExit(f"error: {name} runs with no setting")
+    return max(speeds, key=lambda setting: speeds[setting])
+
+
+# ---- printing ----
+
+
+def memory_gib() -> float:
+    """The machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def machine(runs: Sequence[Trained]) -> str:
+    """The machine and what the sides found on it, as one line."""
+    cpu = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
+    threads = " and ".join(sorted({str(run.threads) for run in runs}))
+    torch = " and ".join(sorted({run.torch for run in runs}))
+    cores = len(os.sched_getaffinity(0))
+    return f"{names[0]}, {cores} cores, {memory_gib():.1f} GiB; {threads} threads, torch {torch}"
+
+
+def spread(values: Iterable[float]) -> str:
+    """Median and range, as text."""
+    values = list(values)
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def ratios(peer: Sequence[Any], ours: Sequence[Any], of: Callable[[Any], float]) -> str:
+    """Peer over ours, round by round: median and range."""
+    return spread(of(p) / of(o) for p, o in zip(peer, ours, strict=True))
