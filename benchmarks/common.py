@@ -9,14 +9,16 @@ how to make one stands at the top of its script in `peers/`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -43,21 +45,23 @@ output: {{merge: false}}
 # ---- what a benchmark works on ----
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """The options that all benchmarks against peers have."""
+def arguments(description: str | None, *, repeated: bool = True) -> argparse.ArgumentParser:
+    """The options of a benchmark against peers; with `repeated` those of one that takes times."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="preference pairs, HH-RLHF for instance")
     parser.add_argument("--tokenizer", required=True, help="a directory; at most 32,768 tokens")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trl", metavar="PYTHON", help="the Python of an environment with TRL")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of our recipe")
+    if repeated:
+        parser.add_argument("--pairs", type=int, default=96)
+        parser.add_argument("--rounds", type=int, default=3)
     return parser
 
 
-def make_model(directory: Path, layers: int, tokenizer: str, vocabulary: int = VOCABULARY) -> None:
-    """A random Llama of SmolLM2-135M's width in bfloat16, and a tokenizer without BOS, which TRL alone would add."""
+def make_model(
+    directory: Path, layers: int, tokenizer: str, vocabulary: int = VOCABULARY, dtype: str = "bfloat16"
+) -> None:
+    """A random Llama of SmolLM2-135M's width, and a tokenizer without BOS, which TRL alone would add."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -72,7 +76,7 @@ def make_model(directory: Path, layers: int, tokenizer: str, vocabulary: int = V
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(directory)
     tokens = AutoTokenizer.from_pretrained(tokenizer)
     tokens.bos_token = None
     tokens.save_pretrained(directory)
@@ -86,10 +90,6 @@ def make_pairs(path: Path, data: str, tokenizer: str, count: int) -> None:
     """
     from transformers import AutoTokenizer
 
-    from orpo_cli.data.formats import Drop, read_pair, recognise
-    from orpo_cli.data.sources import open_source
-    from orpo_cli.recipe import SourceSpec
-
     tokens = AutoTokenizer.from_pretrained(tokenizer)
 
     def ids(text: str) -> list[int]:
@@ -99,9 +99,36 @@ def make_pairs(path: Path, data: str, tokenizer: str, count: int) -> None:
         both = ids(prompt + answer)
         return len(both) < MAX_LENGTH and both == ids(prompt) + ids(answer)
 
+    usable = (t for t in texts(data) if fits(t["prompt"], t["chosen"]) and fits(t["prompt"], t["rejected"]))
+    write_pairs(path, itertools.islice(usable, count), count)
+
+
+def cut_pairs(path: Path, data: str, count: int, prompt_words: int, answer_words: int) -> None:
+    """Pairs of a given shape, cut from the running text of `data`; their lengths vary by a quarter either way."""
+    words = itertools.cycle(word for t in texts(data) for word in (t["prompt"] + t["chosen"]).split())
+
+    def cut(length: int, number: int) -> str:
+        return " ".join(itertools.islice(words, round(length * (0.75, 1.25, 0.9, 1.1)[number % 4])))
+
+    pairs = (
+        {
+            "prompt": cut(prompt_words, i),
+            "chosen": " " + cut(answer_words, i),
+            "rejected": " " + cut(answer_words, i + 1),
+        }
+        for i in range(count)
+    )
+    write_pairs(path, pairs, count)
+
+
+def texts(data: str) -> Iterator[dict[str, str]]:
+    """Prompt, chosen and rejected of each row that is a pair, as finished texts."""
+    from orpo_cli.data.formats import Drop, read_pair, recognise
+    from orpo_cli.data.sources import open_source
+    from orpo_cli.recipe import SourceSpec
+
     rows = open_source([SourceSpec(path=data)])
     form = recognise(rows.heads(64)[0])
-    lines: list[str] = []
     for row in rows.rows():
         try:
             pair = read_pair(row, form)
@@ -109,13 +136,14 @@ def make_pairs(path: Path, data: str, tokenizer: str, count: int) -> None:
             continue
         turns = [pair.prompt] if isinstance(pair.prompt, str) else [f"{m.role}: {m.content}" for m in pair.prompt]
         prompt = "".join(f"\n\n{turn}" for turn in turns) + "\n\nassistant:"
-        texts = {"prompt": prompt, "chosen": f" {pair.chosen}", "rejected": f" {pair.rejected}"}
-        if fits(prompt, texts["chosen"]) and fits(prompt, texts["rejected"]):
-            lines.append(json.dumps(texts) + "\n")
-        if len(lines) == count:
-            break
+        yield {"prompt": prompt, "chosen": f" {pair.chosen}", "rejected": f" {pair.rejected}"}
+
+
+def write_pairs(path: Path, pairs: Iterable[dict[str, str]], count: int) -> None:
+    """Write pairs as JSON lines. Ends the benchmark if there are fewer than `count`."""
+    lines = [json.dumps(pair) + "\n" for pair in pairs]
     if len(lines) < count:
-        raise SystemExit(f"error: {data} has only {len(lines)} usable pairs\nhint: lower --pairs")
+        raise SystemExit(f"error: the data has only {len(lines)} usable pairs\nhint: lower --pairs")
     path.write_text("".join(lines))
 
 
@@ -187,8 +215,6 @@ class Trained:
     seconds: list[float]  # of each optimizer step
     first_loss: float
     tokens_digest: str  # stands for the token ids it trained on, prompt and answers, in order
-    threads: int
-    torch: str
     wall: float  # seconds, from the start of the process to its exit
     peak_gib: float  # of the whole process
     flat_tokens: int = 0  # ours: tokens computed, a prompt once for both its answers
@@ -200,20 +226,49 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What is a peer's to choose: pairs of a micro-batch, and whether backward computes activations again.
+class Evaluated:
+    """An evaluation by one side."""
 
-    The default is the fastest on a CPU: no padding, small logits.
+    pairs: int
+    seconds: float  # of the evaluation alone: pairs are tokenised, the model is loaded
+    loss: float
+    accuracy: float
+    wall: float
+    peak_gib: float
+
+    @property
+    def pairs_per_second(self) -> float:
+        """Of the evaluation alone."""
+        return self.pairs / self.seconds
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is a peer's to choose.
+
+    The default is the fastest on a CPU (no padding, small logits) with the tools' own arithmetic, which is autocast:
+    adapters compute in bfloat16, the loss in float32. Without it adapters compute in float32 and TRL's loss in
+    bfloat16.
     """
 
-    micro: int = 1
-    checkpointing: bool = False
+    micro: int = 1  # pairs of a micro-batch
+    checkpointing: bool = False  # backward computes activations again
+    autocast: bool = True
 
     def __str__(self) -> str:
-        return f"micro-batch {self.micro}, checkpointing {'on' if self.checkpointing else 'off'}"
+        return f"micro-batch {self.micro}, checkpointing {_on(self.checkpointing)}, autocast {_on(self.autocast)}"
 
 
-SETTINGS = [Setting(micro, checkpointing) for checkpointing in (False, True) for micro in (1, 2, 4, 8)]
+def _on(value: bool) -> str:
+    return "on" if value else "off"
+
+
+MICRO = (1, 2, 4, 8)
+SETTINGS = [
+    Setting(micro, checkpointing, autocast)
+    for checkpointing, autocast in ((False, True), (True, True), (False, False))
+    for micro in MICRO
+]
 
 LIKE_TRL = ("all", "token")
 LIKE_LLAMAFACTORY = ("response", "pair")
@@ -235,14 +290,11 @@ def train_ours(task: Task, nll: tuple[str, str], overrides: Iterable[str] = ()) 
     command = [sys.executable, "-m", "orpo_cli", "train", recipe, "--output-dir", run, "--overwrite"]
     process = run_process([*command, *(a for s in overrides for a in ("--set", s))], task.scratch)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    manifest = json.loads((run / "manifest.json").read_text())
     return Trained(
         pairs=sum(row["pairs"] for row in rows),
         seconds=[row["seconds"] for row in rows],
         first_loss=rows[0]["loss"],
         tokens_digest=apart(our_tokens_digest, recipe),
-        threads=manifest["threads"],
-        torch=manifest["versions"]["torch"],
         wall=process.wall,
         peak_gib=process.peak_gib,
         flat_tokens=sum(row["tokens"] for row in rows),
@@ -267,6 +319,13 @@ def our_tokens_digest(recipe_file: Path) -> str:
 
 def train_peer(task: Task, python: str, script: Path, setting: Setting, **more: Any) -> Trained:
     """The same by a peer; `more` as its script says."""
+    process = run_process([python, script, peer_settings(task, setting, **more)], task.scratch)
+    told = json.loads(process.output.splitlines()[-1])
+    return Trained(**told, pairs=task.batch * task.steps, wall=process.wall, peak_gib=process.peak_gib)
+
+
+def peer_settings(task: Task, setting: Setting, **more: Any) -> str:
+    """What a peer's script is told."""
     settings = {
         "model": str(task.model),
         "pairs": str(task.pairs),
@@ -275,11 +334,9 @@ def train_peer(task: Task, python: str, script: Path, setting: Setting, **more: 
         "steps": task.steps,
         "micro": min(setting.micro, task.batch),
         "checkpointing": setting.checkpointing,
-        **more,
+        "autocast": setting.autocast,
     }
-    process = run_process([python, script, json.dumps(settings)], task.scratch)
-    told = json.loads(process.output.splitlines()[-1])
-    return Trained(**told, pairs=task.batch * task.steps, wall=process.wall, peak_gib=process.peak_gib)
+    return json.dumps(settings | more)
 
 
 def same_tokens(ours: Trained, peer: Trained) -> None:
@@ -291,14 +348,14 @@ def same_tokens(ours: Trained, peer: Trained) -> None:
 # ---- a peer's best setting ----
 
 
-def sweep(name: str, run: Callable[[Setting], Any], settings: Iterable[Setting]) -> Setting:
-    """Try the settings, print a table, return the fastest. `run` gives pairs_per_second and peak_gib."""
-    print(f"\n{name}:\n\n| micro-batch | checkpointing | pairs/s | peak GiB |\n|---|---|---|---|")
+def sweep(name: str, run: Callable[[Setting], Trained | Evaluated], settings: Iterable[Setting]) -> Setting:
+    """Try the settings, print a table, return the fastest."""
+    print(f"\n{name}:\n\n| micro-batch | checkpointing | autocast | pairs/s | peak GiB |\n|---|---|---|---|---|")
     speeds: dict[Setting, float] = {}
     peak = 0.0
     for setting in settings:
-        cells = f"{setting.micro} | {'on' if setting.checkpointing else 'off'}"
-        if setting.micro == 1:
+        cells = f"{setting.micro} | {_on(setting.checkpointing)} | {_on(setting.autocast)}"
+        if setting.micro == MICRO[0]:
             peak = 0.0
         if 2 * peak > memory_gib():  # twice the pairs, up to twice the memory
             print(f"| {cells} | might not fit | |", flush=True)
@@ -323,14 +380,19 @@ def memory_gib() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
-def machine(runs: Sequence[Trained]) -> str:
-    """The machine and what the sides found on it, as one line."""
+def machine() -> str:
+    """The machine, and the threads and torch of ours, as one line."""
     cpu = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
-    threads = " and ".join(sorted({str(run.threads) for run in runs}))
-    torch = " and ".join(sorted({run.torch for run in runs}))
-    cores = len(os.sched_getaffinity(0))
-    return f"{names[0]}, {cores} cores, {memory_gib():.1f} GiB; {threads} threads, torch {torch}"
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.machine()])[0]}, {os.cpu_count()} cores, {memory_gib():.1f} GiB; {apart(threads)}"
+
+
+def threads() -> str:
+    """How torch computes here."""
+    import torch
+
+    return f"{torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def spread(values: Iterable[float]) -> str:

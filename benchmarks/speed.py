@@ -9,8 +9,9 @@ The model is a random Llama of SmolLM2-135M's width (hidden 576, intermediate 15
 tied) in bfloat16, with LoRA r 16, alpha 32 on all linear layers, 16 pairs a step of at most 1,024 tokens. All sides
 run in turn, round by round, on the same tokens in the same order, and each peer against the loss of ours that is its
 own: `nll_tokens: all, nll_reduction: token` for TRL, `response, pair` for LLaMA-Factory. Ours runs with its defaults,
-but for `--set`. The peers run at micro-batch 1 without checkpointing, their fastest on a CPU; `--sweep` looks for the
-fastest of micro-batch 1, 2, 4 and 8 with checkpointing on and off, in runs of two steps, and prints what it found.
+but for `--set`. The peers run at micro-batch 1 without checkpointing, the fastest on a CPU, under autocast, their own
+default; `--sweep` looks for the fastest of micro-batch 1, 2, 4 and 8, each with and without checkpointing and without
+autocast, in runs of two steps, and prints what it found.
 
 Ratios are taken round by round: their median, and their range. A step of one pair a micro-batch weighs TRL's NLL by
 pairs, not by tokens, so that its first loss differs a little from ours; `first_loss.py` compares them exactly.
@@ -77,6 +78,7 @@ def bare_transformer(model: Path, tokens: int) -> float:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--llamafactory", metavar="PYTHON", help="the Python of an environment with LLaMA-Factory")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of our recipe")
     parser.add_argument("--sweep", action="store_true", help="look for the peers' fastest setting first")
     options = parser.parse_args()
 
@@ -113,10 +115,10 @@ def main() -> None:
                 runs[side].append(train(task))
             bare.append(apart(bare_transformer, task.model, runs["orpo, NLL like TRL"][-1].flat_tokens))
 
-    first = [of_side[0] for of_side in runs.values()]
-    print(f"\n{machine(first)}")
+    tokens = runs["orpo, NLL like TRL"][0].flat_tokens
+    print(f"\n{machine()}")
     print(
-        f"{options.layers} layers, {task.steps} steps of {task.batch} pairs, {first[0].flat_tokens:,} tokens; "
+        f"{options.layers} layers, {task.steps} steps of {task.batch} pairs, {tokens:,} tokens; "
         f"{options.rounds} rounds: median (lowest to highest)\n"
     )
     print("| | pairs/s over the steps | seconds in all | peak GiB | first loss | steps / bare transformer |")

@@ -12,7 +12,9 @@ torchaudio and torchvision, which serve sound and pictures:
         datasets==4.0.0 torchdata==0.11.0 av==16.0.0 'tyro<0.9' einops fastapi fire hf-transfer matplotlib omegaconf \\
         pandas scipy sentencepiece sse-starlette tiktoken uvicorn
 
-`run_exp` is what `llamafactory-cli train` calls. It is not told to draw curves, evaluate or save on the way.
+`run_exp` is what `llamafactory-cli train` calls. Micro-batch, checkpointing and autocast are the caller's to choose. It
+draws no curves and saves only at its end. Attention is SDPA and AdamW fused, both by default; Liger's kernels, flash
+attention and `pure_bf16` need a GPU.
 """
 
 import importlib.util
@@ -60,8 +62,7 @@ run_exp(
         "learning_rate": 1e-4,
         "lr_scheduler_type": "constant",
         "disable_shuffling": True,  # the order in which we take the pairs
-        # Autocast: the adapters, which it keeps in float32, compute in bfloat16 too.
-        "bf16": settings.get("bf16", True),
+        "bf16": settings["autocast"],
         "disable_gradient_checkpointing": not settings["checkpointing"],
         "dataloader_num_workers": 0,  # a worker would take a core, and batches are tiny
         "logging_steps": 1,

@@ -8,8 +8,8 @@ Its environment, from the root of this repository:
     ../trl/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
     ../trl/bin/pip install -c constraints.txt trl==1.16.0 peft     # for a 4-bit base: and bitsandbytes
 
-What is chosen here for speed or likeness, where it is not said beside the key:
-micro-batch and checkpointing are the caller's; the trainer is given what it needs and logs the loss alone.
+Micro-batch, checkpointing and autocast are the caller's to choose. Attention is SDPA and AdamW fused, both by default;
+Liger's kernels and flash attention need a GPU.
 """
 
 import json
@@ -46,8 +46,7 @@ trainer = ORPOTrainer(
         learning_rate=1e-4,
         lr_scheduler_type="constant",
         train_sampling_strategy="sequential",  # the order in which we take the pairs
-        # Autocast: PEFT's adapters, which it keeps in float32, compute in bfloat16 too.
-        bf16=settings.get("bf16", True),
+        bf16=settings["autocast"],
         gradient_checkpointing=settings["checkpointing"],
         prediction_loss_only=True,
         dataloader_num_workers=0,  # a worker would take a core, and batches are tiny
@@ -65,7 +64,9 @@ trainer = ORPOTrainer(
     callbacks=[watch],
 )
 if evaluates:
-    print(json.dumps(trainer.evaluate()))
+    figures = trainer.evaluate()
+    told = {"loss": figures["eval_loss"], "accuracy": figures["eval_rewards/accuracies"]}
+    print(json.dumps(told | {"pairs": len(pairs), "seconds": figures["eval_runtime"]}))
 else:
     trainer.train()
     trainer.save_model("out")  # what anyone would do, and we do

@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Iterable
 
-import torch
 from transformers import TrainerCallback
 
 
@@ -45,5 +44,4 @@ class Watch(TrainerCallback):
 
     def report(self) -> None:
         """Print what was noted as one line of JSON."""
-        told = {"seconds": self.seconds, "first_loss": self.losses[0], "tokens_digest": self.digest}
-        print(json.dumps(told | {"threads": torch.get_num_threads(), "torch": torch.__version__}))
+        print(json.dumps({"seconds": self.seconds, "first_loss": self.losses[0], "tokens_digest": self.digest}))
