@@ -6,9 +6,15 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from orpo_cli.model.head import CHUNK_ROWS, Head, _frozen_weights
+from orpo_cli.model import head as head_module
+from orpo_cli.model.head import CHUNK_ROWS, Head, _trained_rows
 
 M, E, V = 2 * CHUNK_ROWS + 7, 12, 40
+
+
+@pytest.fixture(autouse=True, params=[(CHUNK_ROWS, 512), (100, 7)], ids=["one tile", "many tiles"])
+def tile(request, monkeypatch):
+    monkeypatch.setattr(head_module, "CPU_TILE", request.param)
 
 
 def draw(seed: int, *shape: int, dtype=torch.float32) -> torch.Tensor:
@@ -32,7 +38,8 @@ def test_values_and_gradients_are_those_of_the_plain_computation(bias, scale, ca
     targets, upstream = torch.randint(0, V, (M,)), draw(2, M, dtype=torch.float64)
 
     expected = plain(hidden, targets, linear.weight, linear.bias, scale, cap)
-    wanted = [hidden, *([linear.weight] if trainable else [])]
+    trained = [linear.weight, *([linear.bias] if bias else [])] if trainable else []
+    wanted = [hidden, *trained]
     expected_gradients = torch.autograd.grad((expected * upstream).sum(), wanted)
 
     single = nn.Linear(E, V, bias=bias).requires_grad_(trainable)
@@ -40,7 +47,8 @@ def test_values_and_gradients_are_those_of_the_plain_computation(bias, scale, ca
     h = hidden.detach().float().requires_grad_()
     got = Head(single, scale, cap).target_logps(h, targets)
     assert got.dtype == torch.float32
-    gradients = torch.autograd.grad((got * upstream.float()).sum(), [h, *([single.weight] if trainable else [])])
+    trained = [single.weight, *([single.bias] if bias else [])] if trainable else []
+    gradients = torch.autograd.grad((got * upstream.float()).sum(), [h, *trained])
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5)
@@ -72,7 +80,7 @@ def with_trained_rows(tiny_base, tied: bool):
 def test_rows_that_are_trained_by_themselves_get_their_gradient(tiny_base, tied):
     peft = with_trained_rows(tiny_base, tied)
     head = Head.of(peft.get_base_model())
-    assert _frozen_weights(head.module) is not None
+    assert _trained_rows(head.module) is not None
     delta = next(p for n, p in peft.named_parameters() if "trainable_tokens_delta" in n and (tied or "lm_head" in n))
     targets = torch.randint(0, 259, (M,))
     targets[:40] = torch.tensor([5, 17, 200, 3]).repeat(10)
@@ -93,7 +101,7 @@ def test_a_head_with_an_adapter_of_its_own_is_computed_through_it(tiny_base):
     config = LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
     peft = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), config)
     head = Head.of(peft.get_base_model())
-    assert _frozen_weights(head.module) is None
+    assert _trained_rows(head.module) is None
     hidden, targets = draw(5, M, 32).requires_grad_(), torch.randint(0, 259, (M,))
     expected = head.module(hidden).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(head.target_logps(hidden, targets), expected)
