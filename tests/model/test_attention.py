@@ -129,6 +129,16 @@ def test_the_ragged_sequences_are_each_pairs_two_branches():
     assert (ragged.longest_queries, ragged.longest_keys) == (3, 5)
 
 
+@pytest.mark.parametrize("key_heads", [HEADS, KEY_HEADS])
+def test_torchs_kernel_takes_the_call_as_it_is_made(key_heads):
+    """Its arguments and shapes, forward and backward, with tensors that hold no values."""
+    meta = torch.device("meta")
+    inputs = [x.requires_grad_() for x in draw(key_heads, torch.bfloat16, meta)]
+    output = attention_ragged.Ragged.of(ROW, meta).attention(*inputs, 0.3, 7)
+    assert output.shape == (1, TOKENS, HEADS, SIZE)
+    assert [g.shape for g in torch.autograd.grad(output.sum(), inputs)] == [x.shape for x in inputs]
+
+
 def test_what_the_kernel_does_not_take():
     half, single = torch.zeros(1, 2, 3, 64, dtype=torch.bfloat16), torch.zeros(1, 2, 3, 64)
     assert attention_ragged.takes(half, half)

@@ -73,11 +73,17 @@ def with_adapters(model, family):
 
 
 def quantised(model, directory):
+    """In evaluation mode but for the 4-bit layers, as `inference` has it."""
     model.save_pretrained(directory)
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         directory, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
-    ).train()
+    ).eval()
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    assert layers
+    for layer in layers:
+        layer.train()
+    return model
 
 
 @pytest.mark.parametrize("trained", ["all", "adapters"])
@@ -99,10 +105,9 @@ def test_each_family_gives_the_log_probs_and_gradients_of_plain_passes(name, tra
     assert_same(by_engine(model, pairs, fitness.logprobs(model)), expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "phi3_longrope", "gpt_neox", "mixtral", "bloom"])
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"mamba"}))  # stock Mamba multiplies packed weights by itself
 def test_a_4bit_base_gives_those_of_its_own_plain_passes(name, tmp_path):
     model, pairs = with_adapters(quantised(tiny_model(name), tmp_path), name), random_pairs(5, seed=3)
-    assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
     fuse_lora(model)
     expected = by_plain_passes(model, pairs)
     fitness = Fitness.of(model)
