@@ -161,13 +161,20 @@ def test_what_shares_a_micro_batch_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neo", "gemma2", "mamba"])
-def test_only_rows_with_a_target_go_through_the_head(name):
-    model, batch, rows = tiny_model(name), flat_batch(random_pairs(5, seed=3), "response"), []
-    logprobs = Fitness.of(model).logprobs(model)
-    model.get_output_embeddings().register_forward_hook(lambda module, args, output: rows.append(output.shape[:-1]))
+def test_only_rows_with_a_target_go_through_the_head(name, monkeypatch):
+    model, batch, rows, called = tiny_model(name), flat_batch(random_pairs(5, seed=3), "response"), [], []
+    logprobs, target_logps = Fitness.of(model).logprobs(model), Head.target_logps
+
+    def counted(head, hidden, targets):
+        rows.append(hidden.shape[:-1])
+        return target_logps(head, hidden, targets)
+
+    monkeypatch.setattr(Head, "target_logps", counted)
+    model.register_forward_hook(lambda *args: called.append(args))
     with torch.no_grad():
         logprobs(batch)
     assert rows == [(len(batch.targets),)]
+    assert not called  # the whole model would make all logits
 
 
 @pytest.mark.parametrize(("name", "confidence"), [("llama", 4), ("granite", 12), ("gemma2", 3), ("gpt_neo", 4)])
