@@ -3,6 +3,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Where the demo works.
 DIR ?= demo
+# Of the model that benchmarks work on.
+LAYERS ?= 8
+BENCH = --data $(DATA) --tokenizer $(TOKENIZER) --layers $(LAYERS)
+PEERS := $(strip $(if $(TRL),--trl $(TRL)) $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY)))
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -30,8 +34,15 @@ lint: $(INSTALLED)  ## Format, lint and types
 
 check: lint test  ## lint and test: what has to pass
 
-bench: $(INSTALLED)  ## Benchmarks; speed as well with DATA=hh-rlhf.jsonl TOKENIZER=dir (TRL=python of an environment with trl)
+bench: $(INSTALLED)  ## Benchmarks; speed as well with DATA=hh-rlhf.jsonl TOKENIZER=dir, against TRL=python LLAMAFACTORY=python
 	$(BIN)/python benchmarks/betas.py
 ifdef DATA
-	$(BIN)/python benchmarks/speed.py --data $(DATA) --tokenizer $(TOKENIZER) $(if $(TRL),--trl $(TRL))
+	$(BIN)/python benchmarks/speed.py $(BENCH) $(PEERS) --sweep
+ifneq ($(PEERS),)
+	$(BIN)/python benchmarks/first_loss.py $(BENCH) $(PEERS)
+endif
+ifdef TRL
+	$(BIN)/python benchmarks/evaluation.py $(BENCH) --trl $(TRL)
+	$(BIN)/python benchmarks/shapes.py $(BENCH) --trl $(TRL)
+endif
 endif
