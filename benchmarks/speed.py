@@ -106,8 +106,10 @@ def main() -> None:
             sides["LLaMA-Factory"] = peer("LLaMA-Factory", options.llamafactory, LLAMAFACTORY)
             against["LLaMA-Factory"] = "orpo, NLL like LLaMA-Factory"
 
-        for train in sides.values():  # programs and libraries into the page cache, for everyone alike
-            train(replace(task, steps=1, batch=2))
+        # Programs and libraries into the page cache, for everyone alike.
+        warm = {side: train(replace(task, steps=1, batch=2)) for side, train in sides.items()}
+        for name, own in against.items():
+            same_tokens(warm[own], warm[name])
         runs: dict[str, list[Trained]] = {side: [] for side in sides}
         bare: list[float] = []
         for _ in range(options.rounds):
@@ -134,8 +136,6 @@ def main() -> None:
         print(f"| {side} | {' | '.join(cells)} |")
     print(f"\nthe bare transformer takes {spread(bare)} s for these tokens, forward and backward")
     for name, own in against.items():
-        for mine, theirs in zip(runs[own], runs[name], strict=True):
-            same_tokens(mine, theirs)
         print(
             f"{name} over orpo: time of the steps {ratios(runs[name], runs[own], lambda run: sum(run.seconds))}, "
             f"seconds in all {ratios(runs[name], runs[own], lambda run: run.wall)}, "

@@ -8,9 +8,12 @@ torchaudio and torchvision, which serve sound and pictures:
     python3.11 -m venv ../llamafactory
     ../llamafactory/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
     ../llamafactory/bin/pip install --no-deps llamafactory==0.9.5
-    ../llamafactory/bin/pip install torch==2.13.0 transformers==5.6.0 trl==0.24.0 peft==0.18.1 accelerate==1.11.0 \\
-        datasets==4.0.0 torchdata==0.11.0 av==16.0.0 'tyro<0.9' einops fastapi fire hf-transfer matplotlib omegaconf \\
-        pandas protobuf scipy sentencepiece sse-starlette tiktoken uvicorn
+    ../llamafactory/bin/pip install torch==2.13.0 transformers==5.6.0 trl==0.24.0 peft==0.18.1 accelerate==1.11.0
+    ../llamafactory/bin/pip install torch==2.13.0 datasets==4.0.0 torchdata==0.11.0 av==16.0.0 'tyro<0.9' einops fastapi
+    ../llamafactory/bin/pip install fire hf-transfer matplotlib omegaconf pandas protobuf scipy sentencepiece
+    ../llamafactory/bin/pip install sse-starlette tiktoken uvicorn
+
+pip will say that gradio, modelscope, torchaudio and torchvision are missing.
 
 `run_exp` is what `llamafactory-cli train` calls. Micro-batch, checkpointing and autocast are the caller's to choose. It
 draws no curves and saves only at its end. Attention is SDPA and AdamW fused, both by default; Liger's kernels, flash
