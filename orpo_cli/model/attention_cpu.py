@@ -1,4 +1,4 @@
-"""Attention of one short branch on a CPU.
+"""Attention of one branch on a CPU.
 
 Shapes: H query heads, G key/value heads, D head size; Q queries, the last of K tokens.
 """
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 # Up to this many keys, plain products are faster than the kernel.
-FOLDED_KEYS = 1024
+FOLDED_KEYS = 2048
+# Queries are taken in blocks of about this many, each with the keys up to its own last one: of a long branch's
+# products, almost half would be of keys that lie ahead.
+BLOCK = 256
 
 
 def is_faster(q: Tensor, k: Tensor) -> bool:
@@ -20,16 +23,31 @@ def is_faster(q: Tensor, k: Tensor) -> bool:
 
 
 def folded_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, sliding_window: int | None) -> Tensor:
-    """Attention by two batched products, the heads that share a key head folded into one: (1, H, Q, D).
+    """Attention by batched products, the heads that share a key head folded into one: (1, H, Q, D).
 
     Two to five times as fast, forward and backward, as scaled_dot_product_attention, whose kernel is made for long
     sequences; keeps the (H, Q, K) probabilities for backward.
     """
-    (heads, queries, size), (key_heads, keys) = q.shape[1:], k.shape[1:3]
-    folded = (q * (size**-0.5 if scaling is None else scaling)).reshape(key_heads, -1, size)
-    scores = torch.bmm(folded, k[0].transpose(1, 2))  # (G, H / G * Q, K)
-    unseen = _unseen(sliding_window, q.dtype)[keys - queries : keys, :keys]
-    scores.view(-1, queries, keys).add_(unseen)
+    q = q * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    count = round(q.shape[2] / BLOCK)
+    if count < 2:
+        return _block(q, k, v, sliding_window)
+    blocks = q.split(-(-q.shape[2] // count), dim=2)
+    outputs = []
+    last = k.shape[2] - q.shape[2]
+    for block in blocks:
+        last += block.shape[2]
+        outputs.append(_block(block, k[:, :, :last], v[:, :, :last], sliding_window))
+    return torch.cat(outputs, dim=2)
+
+
+def _block(q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None) -> Tensor:
+    (heads, queries), (key_heads, keys) = q.shape[1:3], k.shape[1:3]
+    scores = torch.bmm(q.reshape(key_heads, -1, q.shape[-1]), k[0].transpose(1, 2))  # (G, H / G * Q, K)
+    # Without a window, only the keys beside the queries themselves can lie ahead of one.
+    first = keys - queries if sliding_window is None else 0
+    unseen = _unseen(sliding_window, q.dtype)[keys - queries : keys, first:keys]
+    scores.view(-1, queries, keys)[..., first:].add_(unseen)
     return torch.bmm(scores.softmax(-1), v[0]).view(1, heads, queries, -1)
 
 
