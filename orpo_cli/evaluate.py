@@ -20,8 +20,9 @@ from orpo_cli.data.dataset import DROP_REASONS, PairSet, load_held_out
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.files import to_json, to_json_lines, write_file
 from orpo_cli.loss import MAX_LOGP
-from orpo_cli.model.build import build_for_scoring, context_tokens, load_text_side, max_tokens, pair_tokenizer
+from orpo_cli.model.build import build_for_scoring, context_tokens, load_text_side, pair_tokenizer
 from orpo_cli.model.logprobs import PairLogprobs, inference
+from orpo_cli.model.memory import scoring_tokens
 from orpo_cli.recipe import LossSection, load_recipe
 from orpo_cli.run import find_subject
 
@@ -213,7 +214,7 @@ def evaluate_target(
         built.logprobs,
         listed,
         nll_tokens=recipe.loss.nll_tokens,
-        max_tokens=max_tokens(recipe, device),
+        max_tokens=scoring_tokens(built.logprobs, recipe),
         device=device,
     )
     figures = {**summarise(scores, listed, recipe.loss), "skipped": skipped(pairs)}

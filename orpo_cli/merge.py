@@ -24,7 +24,6 @@ from orpo_cli.model.build import (
     TextSide,
     build_for_scoring,
     load_text_side,
-    max_tokens,
     pair_tokenizer,
     set_stop_tokens,
 )
@@ -141,7 +140,7 @@ def merge_target(target: str, *, output: Path | None, base: str | None, dtype: s
     write_directory(
         directory,
         lambda unfinished: gaps.append(
-            merge_trained(built, text, section, adapter, unfinished, pairs, max_tokens(recipe, device))
+            merge_trained(built, text, section, adapter, unfinished, pairs, 2 * recipe.data.max_length)
         ),
     )
     run = RunDirectory(path)

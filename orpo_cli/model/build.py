@@ -22,9 +22,6 @@ from orpo_cli.model.probe import Fitness
 from orpo_cli.recipe import Recipe
 from orpo_cli.recipe.schema import LoraSection, ModelSection
 
-# Flat tokens of a micro-batch under `max_tokens_per_microbatch: auto`; the longest possible pair always fits.
-AUTO_MAX_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 16384}
-
 
 @dataclass(frozen=True)
 class TextSide:
@@ -102,13 +99,6 @@ def pair_tokenizer(recipe: Recipe, text: TextSide) -> PairTokenizer:
     )
 
 
-def max_tokens(recipe: Recipe, device: torch.device) -> int:
-    """Flat tokens of a micro-batch: the recipe's, or for `auto` a number by device that the longest pair fits."""
-    if recipe.train.max_tokens_per_microbatch != "auto":
-        return recipe.train.max_tokens_per_microbatch
-    return max(AUTO_MAX_TOKENS.get(device.type, 4096), 2 * recipe.data.max_length)
-
-
 def context_tokens(section: ModelSection) -> int | None:
     """The model's context; None where its configuration states none."""
     return getattr(load_config(section).get_text_config(), "max_position_embeddings", None)
@@ -136,10 +126,6 @@ def build_for_training(recipe: Recipe, text: TextSide, device: torch.device) -> 
     if recipe.lora is not None:
         rows = rows_to_train(recipe.lora, text, fresh)
         model = add_lora(base, recipe.lora, rows)
-    if recipe.model.gradient_checkpointing is True or (
-        recipe.model.gradient_checkpointing == "auto" and device.type != "cpu"
-    ):
-        base.gradient_checkpointing_enable({"use_reentrant": False})
     return _with_engine(recipe.model, model, rows)
 
 

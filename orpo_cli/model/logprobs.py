@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from orpo_cli.data.batches import FlatBatch, cut_by_padded_tokens, cut_by_tokens
+from orpo_cli.data.batches import FlatBatch, cut_by_padded_tokens, cut_by_tokens, flat_tokens
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.model import attention
 from orpo_cli.model.head import Head, target_logps
@@ -85,6 +85,10 @@ class PairLogprobs(nn.Module):
             for ids, seen, length in zip(input_ids, mask, mask.sum(1).tolist(), strict=True)
         ]
         return pad_sequence(alone, batch_first=True)
+
+    def tokens(self, pair: TokenizedPair) -> int:
+        """What the pair takes of a micro-batch's tokens, padding counted where there is some."""
+        return flat_tokens(pair) if self.shares_prefix else 2 * max(len(pair.chosen_ids), len(pair.rejected_ids))
 
     def micro_batches(self, pairs: Sequence[TokenizedPair], max_tokens: int) -> list[list[TokenizedPair]]:
         """Cut pairs into micro-batches of at most `max_tokens` tokens, padding counted where there is some."""

@@ -99,8 +99,8 @@ class ModelSection(Section):
     """Compute a pair's prompt once for both of its answers. `auto`: where the model is shown to allow it; false:
     chosen and rejected are padded and run apart."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in the backward pass: less memory, about a third more time. `auto`: yes, but not on
-    a CPU."""
+    """Compute activations again in the backward pass: less memory, a third to a half more time. `auto`: in as many
+    layers as the device's memory asks for."""
     device_map: Text | dict[str, int | str] | None = None
     """Spread one model over several devices. null: the whole model on each process's device."""
     disable_dropout: bool = True
@@ -347,8 +347,8 @@ class TrainSection(Section):
     batch_size: Count = 16
     """Pairs an optimizer step, over all devices."""
     max_tokens_per_microbatch: Literal["auto"] | Count = "auto"
-    """Tokens computed at once on a device: the memory knob, which changes nothing but rounding. `auto`: a function of
-    recipe and device, kept in the checkpoint."""
+    """Tokens computed at once on a device: the memory knob, which changes nothing but rounding. `auto`: what is fast
+    and fits the device's memory, kept in the checkpoint; halved whenever memory runs out all the same."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     """AdamW. `8bit`: its moments take a quarter of the memory (CUDA and CPU); `paged`: they give way to the host's
     memory when the device's runs out (CUDA)."""

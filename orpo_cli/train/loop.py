@@ -25,7 +25,7 @@ from orpo_cli.data.batches import FlatBatch, flat_batch, flat_tokens, nll_positi
 from orpo_cli.data.dataset import PairSet
 from orpo_cli.data.order import Position
 from orpo_cli.data.tokenize import TokenizedPair
-from orpo_cli.errors import RunError, Stopped
+from orpo_cli.errors import RunError, Stopped, is_out_of_memory
 from orpo_cli.evaluate import Scores, evaluation_row, score_pairs
 from orpo_cli.loss import METRICS, orpo_loss
 from orpo_cli.model.logprobs import PairLogprobs
@@ -59,6 +59,8 @@ class Progress:
     """Steps in a row that were skipped for a non-finite gradient."""
     max_tokens: int | None = None
     """Flat tokens of a micro-batch that `auto` came to."""
+    checkpointed_layers: int | None = None
+    """Layers under gradient checkpointing that `auto` came to."""
     best_step: int | None = None
     best_value: float | None = None
     loss_scale: dict[str, Any] = field(default_factory=dict)
@@ -111,7 +113,9 @@ def train_steps(run: Run) -> None:
             data = next(steps)
             pairs = data.pairs
             rate = learning_rate(step, run.total_steps, section, peak=recipe.peak_learning_rate)
-            sums = step_gradients(run, step, data)
+            sums = gradients_within_memory(run, step, data)
+            processes.sum_([*optimizer.gradients(), sums])
+            run.scaler.unscale_(optimizer.adamw)
             grad_norm = optimizer.clip()
             # A step's only transfer from the device. It waits for the gradients, since what is not finite must not
             # reach the weights; to pass over them on the device instead would spare a pause of a few kernel launches.
@@ -167,6 +171,8 @@ class StepData:
     pairs: list[TokenizedPair]
     position: Position
     """The place in the data after this step."""
+    max_tokens: int
+    """Flat tokens that a micro-batch was allowed."""
     micro_batches: list[FlatBatch]
 
 
@@ -184,20 +190,50 @@ def steps_to_come(run: Run) -> Iterator[StepData]:
     )
     # Not a step more: what a stream has read by the end is counted in the manifest.
     for pairs, position in islice(steps, run.total_steps - run.progress.step):
-        yield StepData(pairs, position, micro_batches(run, pairs))
+        yield cut(run, pairs, position)
 
 
-def micro_batches(run: Run, pairs: list[TokenizedPair]) -> list[FlatBatch]:
-    """This process's share of a step's pairs as flat batches of at most `run.max_tokens` tokens."""
-    cut = run.logprobs.micro_batches(run.processes.share(pairs), run.max_tokens)
-    batches = [flat_batch(micro, run.recipe.loss.nll_tokens) for micro in cut]
-    return [batch.pinned() for batch in batches] if run.processes.device.type == "cuda" else batches
+def cut(run: Run, pairs: list[TokenizedPair], position: Position) -> StepData:
+    """The step of these pairs, this process's share cut into micro-batches of at most `run.max_tokens` tokens."""
+    max_tokens = run.max_tokens
+    parts = run.logprobs.micro_batches(run.processes.share(pairs), max_tokens)
+    batches = [flat_batch(part, run.recipe.loss.nll_tokens) for part in parts]
+    if run.processes.device.type == "cuda":
+        batches = [batch.pinned() for batch in batches]
+    return StepData(pairs, position, max_tokens, batches)
+
+
+def gradients_within_memory(run: Run, step: int, data: StepData) -> Tensor:
+    """As step_gradients; when memory runs out, `auto` halves its token budget, for good, and computes the step anew.
+
+    Raises what told of it once the budget is down to the step's longest pair.
+    """
+    while True:
+        if data.max_tokens != run.max_tokens:
+            data = cut(run, data.pairs, data.position)
+        sizes = [run.logprobs.tokens(pair) for pair in data.pairs]
+        smaller = max(*sizes, min(run.max_tokens, sum(sizes)) // 2)
+        may_retry = run.recipe.train.max_tokens_per_microbatch == "auto" and smaller < run.max_tokens
+        ran_out = False
+        try:
+            sums = step_gradients(run, step, data)
+        except (MemoryError, RuntimeError) as error:
+            if not (may_retry and is_out_of_memory(error)):
+                raise
+            ran_out = True
+        if not (may_retry and run.processes.largest(int(ran_out))):
+            return sums
+        run.max_tokens = run.progress.max_tokens = smaller
+        run.optimizer.zero_grad()
+        if run.processes.device.type == "cuda":
+            torch.cuda.empty_cache()
+        warn(f"out of memory in step {step}: computed anew, from here on with {smaller:,} tokens at once")
 
 
 def step_gradients(run: Run, step: int, data: StepData) -> Tensor:
-    """Leave the gradient of the whole step, over all processes, with the optimizer.
+    """Leave the gradient of the whole step, this process's share of it, with the optimizer.
 
-    Returns (len(METRICS) + 1,) on the device: the step's metrics and its tokens.
+    Returns (len(METRICS) + 1,) on the device: the share of the step's metrics, and of its tokens.
     """
     recipe, device = run.recipe, run.processes.device
     seed_everything(recipe.train.seed, step, run.processes.rank)
@@ -218,8 +254,6 @@ def step_gradients(run: Run, step: int, data: StepData) -> Tensor:
         run.scaler.scale(loss).backward()
         sums[:-1] += shares
         sums[-1] += batch.tokens
-    run.processes.sum_([*run.optimizer.gradients(), sums])
-    run.scaler.unscale_(run.optimizer.adamw)
     return sums
 
 

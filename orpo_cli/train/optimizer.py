@@ -81,8 +81,10 @@ class Optimizer:
         self._publish()
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
+        """Forget all gradients, those as well that a broken-off backward pass has left on their way to a master."""
         self.adamw.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint must hold to go on: moments, step counts and float32 masters, by name."""
@@ -150,8 +152,7 @@ def _master(parameter: nn.Parameter) -> nn.Parameter:
 
     def collect(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        gradient = parameter.grad.float()
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
         parameter.grad = None
 
     parameter.register_post_accumulate_grad_hook(collect)

@@ -22,7 +22,7 @@ from orpo_cli.data.batches import nll_positions
 from orpo_cli.data.dataset import PairSet, load_pairs
 from orpo_cli.data.order import Position
 from orpo_cli.data.tokenize import TokenizedPair
-from orpo_cli.errors import InputError, RunError, is_out_of_memory
+from orpo_cli.errors import InputError, ModelError, RunError, is_out_of_memory
 from orpo_cli.evaluate import pair_lines, skipped, summarise
 from orpo_cli.files import to_json, to_json_lines, write_directory, write_file
 from orpo_cli.generate import answers
@@ -33,12 +33,12 @@ from orpo_cli.model.build import (
     build_for_training,
     check_max_length,
     load_text_side,
-    max_tokens,
     pair_tokenizer,
     set_stop_tokens,
 )
 from orpo_cli.model.load import base_revision
 from orpo_cli.model.lora import save_adapter
+from orpo_cli.model.memory import Needs, Plan, checkpoint_layers, choose_plan, device_memory
 from orpo_cli.recipe import Recipe, dump_recipe
 from orpo_cli.report.metrics import MetricsFile, read_metrics
 from orpo_cli.report.terminal import comparison, first_pair, mute, say, warn
@@ -92,13 +92,14 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
                 f"{checkpoint} lies behind the recipe's {total_steps:,} steps",
                 "raise train.max_steps or num_train_epochs, or name an earlier one with --resume-from",
             )
-    if progress.max_tokens is None or recipe.train.max_tokens_per_microbatch != "auto":
-        progress.max_tokens = max_tokens(recipe, processes.device)
+    plan = plan_memory(recipe, built, progress, processes)
+    progress.max_tokens, progress.checkpointed_layers = plan.max_tokens, plan.checkpointed_layers
+    checkpoint_layers(built.base, plan.checkpointed_layers)
     if processes.is_main:
         if start.overwrite:
             run.clear()
         write_file(run.recipe, dump_recipe(recipe))
-        write_file(run.manifest, to_json(manifest(recipe, start, processes, text, built, train_set, held_out)))
+        write_file(run.manifest, to_json(manifest(recipe, start, processes, text, built, plan, train_set, held_out)))
 
     scaler = torch.amp.GradScaler(processes.device.type, enabled=built.base.dtype == torch.float16)
     if progress.loss_scale:
@@ -112,7 +113,7 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
         train_set=train_set,
         held_out=held_out.in_source_order() if held_out else [],
         total_steps=total_steps,
-        max_tokens=progress.max_tokens,
+        max_tokens=plan.max_tokens,
         progress=progress,
         metrics=MetricsFile(run.metrics, progress.metrics_length) if processes.is_main else None,
         samples=MetricsFile(run.samples, progress.samples_length)
@@ -121,8 +122,8 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
         answer=lambda prompts: answers(built.base, text, prompts),
         save=lambda: save(run, recipe, built, optimizer, progress) if processes.is_main else None,
     )
-    describe_run(loop, built)
-    with out_of_memory_explained(loop.max_tokens):
+    describe_run(loop, built, plan)
+    with out_of_memory_explained(loop):
         train_steps(loop)
         if loop.held_out and loop.last_scores is None:  # resumed after its last step
             loop.last_scores = score_together(loop)
@@ -132,18 +133,41 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
 
 
 @contextmanager
-def out_of_memory_explained(max_tokens: int) -> Iterator[None]:
-    """Say what to lower when memory runs out in the loop; nothing of it changes the result."""
+def out_of_memory_explained(run: Run) -> Iterator[None]:
+    """Say what to change when memory runs out in the loop."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise RunError(
-            "out of memory; the last checkpoint is sound",
-            f"lower train.max_tokens_per_microbatch (now {max_tokens:,}) or set model.gradient_checkpointing: true, "
-            "then --resume",
+            f"out of memory with {run.max_tokens:,} tokens at once; the last checkpoint is sound",
+            "these change nothing but rounding, so that --resume goes on: a lower train.max_tokens_per_microbatch "
+            "(down to the longest pair), model.gradient_checkpointing: true",
         ) from error
+
+
+def plan_memory(recipe: Recipe, built: Built, progress: Progress, processes: Processes) -> Plan:
+    """How the run uses its device: as the recipe says; for `auto` as the run has gone so far, else as it fits."""
+    budget, checkpointing = recipe.train.max_tokens_per_microbatch, recipe.model.gradient_checkpointing
+    needs = Needs.of(built.logprobs, recipe.data.max_length, recipe.train.optimizer)
+    layers = progress.checkpointed_layers if checkpointing == "auto" else needs.layers if checkpointing else 0
+    if checkpointing is True and not needs.layers:
+        raise ModelError(
+            f"{recipe.model.name_or_path} has no layers that could be checkpointed",
+            "set model.gradient_checkpointing: auto",
+        )
+    return choose_plan(
+        needs,
+        processes.device,
+        -processes.largest(-device_memory(processes.device)),  # the smallest of all processes' devices
+        longest_pair=2 * recipe.data.max_length,
+        pairs=recipe.train.batch_size,
+        # Forward and backward take the same time, the weights' gradients as much again.
+        recomputed=1 / 3 if recipe.lora is None else 1 / 2,
+        max_tokens=progress.max_tokens if budget == "auto" else budget,
+        checkpointed_layers=layers,
+    )
 
 
 def make_deterministic(device: torch.device) -> None:
@@ -192,7 +216,7 @@ def pair_pieces(pair: TokenizedPair, text: TextSide, nll_tokens: str) -> dict[st
     }
 
 
-def describe_run(run: Run, built: Built) -> None:
+def describe_run(run: Run, built: Built, plan: Plan) -> None:
     """Say what is trained, how, and in how many steps."""
     recipe, section = run.recipe, run.recipe.train
     trained = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
@@ -212,8 +236,26 @@ def describe_run(run: Run, built: Built) -> None:
         f"{recipe.peak_learning_rate:.3g} ({section.lr_scheduler_type}), beta {recipe.loss.beta}, "
         f"NLL over {recipe.loss.nll_tokens} tokens, mean by {recipe.loss.nll_reduction}"
     )
+    say(f"memory: {plan}")
+    if not plan.fits:
+        warn(f"this is more than the device has, by estimate; what would help: {', '.join(savings(recipe, plan))}")
     if run.progress.step:
         say(f"going on after step {run.progress.step}")
+
+
+def savings(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    """What a recipe may say to need less memory, the cheapest first."""
+    if plan.max_tokens > 2 * recipe.data.max_length:
+        yield "train.max_tokens_per_microbatch: auto"
+    if recipe.model.gradient_checkpointing is False:
+        yield "model.gradient_checkpointing: auto"
+    if recipe.lora is None:
+        if recipe.train.optimizer == "adamw":
+            yield "train.optimizer: adamw_8bit"
+        yield "an adapter instead of all weights (without lora: null)"
+    elif not (recipe.model.load_in_4bit or recipe.model.load_in_8bit):
+        yield "model.load_in_4bit: true"
+    yield "a lower data.max_length"
 
 
 def manifest(
@@ -222,6 +264,7 @@ def manifest(
     processes: Processes,
     text: TextSide,
     built: Built,
+    plan: Plan,
     train_set: PairSet,
     held_out: PairSet | None,
 ) -> dict[str, Any]:
@@ -248,7 +291,8 @@ def manifest(
             "trained_rows": built.trained_rows,
         },
         "shared_prefix": built.fitness.not_shared is None,
-        "max_tokens_per_microbatch": max_tokens(recipe, device),
+        "max_tokens_per_microbatch": plan.max_tokens,
+        "memory": plan.summary(),
         "learning_rate": recipe.peak_learning_rate,
         "data": {"train": train_set.summary(), "eval": held_out.summary() if held_out else None},
     }

@@ -1,0 +1,428 @@
+"""What a training step needs of its device's memory, and the token budget and checkpointed layers that fit it.
+
+Nothing here asks what is free at the moment, so that the same recipe on the same device always gets the same answer.
+What is there for the whole run is counted from the model's own tensors. What grows with a micro-batch is counted in a
+forward pass over the longest possible pair: all that autograd saves there is noted and let go at once. A layer under
+gradient checkpointing keeps its input alone and computes the rest again in the backward pass.
+
+Shapes: T tokens of a flat batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from orpo_cli.data.batches import flat_batch
+from orpo_cli.data.tokenize import TokenizedPair
+from orpo_cli.model import attention_cpu
+from orpo_cli.model.head import CHUNK_ROWS, CPU_TILE, GPU_TILE, Head
+from orpo_cli.model.logprobs import PairLogprobs
+from orpo_cli.recipe import Recipe
+
+GIB = 2**30
+# By device: the token budget that a step gains nothing beyond, and how many tokens' time a micro-batch costs by itself.
+# Measured on two CPU cores with an 8-layer Llama of width 576; estimated for the others.
+FAST_TOKENS = {"cpu": (4096, 128), "cuda": (16384, 512), "mps": (4096, 256)}
+# Tokens of a side of the pairs that are tried; what longer ones keep follows from these two.
+_TRIED_LENGTHS = (512, 1024)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a step on one device, by part."""
+
+    weights: int
+    """As they were loaded, whatever the precision; an adapter's are counted apart."""
+    adapters: int = 0
+    """Weights that are trained beside a frozen base."""
+    masters: int = 0
+    """Float32 copies of trained weights that compute in half precision."""
+    gradients: int = 0
+    """In float32."""
+    optimizer: int = 0
+    """Its moments."""
+    activations: int = 0
+    """Kept from the forward pass for the backward pass."""
+    backward: int = 0
+    """What a layer needs for a moment in the backward pass."""
+    logprobs: int = 0
+    """What the head needs for a moment."""
+
+    @property
+    def total(self) -> int:
+        """The highest sum; head and layers are not computed at the same time."""
+        return sum(asdict(self).values()) - min(self.backward, self.logprobs)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that a token leaves for the backward pass."""
+
+    layers: tuple[float, ...]
+    """In each layer that can be checkpointed."""
+    layer_input: float
+    """All that such a layer keeps when it is."""
+    outside: float
+    """Before, between and behind them."""
+    widest: float
+    """In the layer that keeps the most."""
+
+    def of_token(self, checkpointed: int) -> float:
+        """With the first `checkpointed` layers under gradient checkpointing."""
+        return self.outside + checkpointed * self.layer_input + sum(self.layers[checkpointed:])
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model needs, for any token budget and number of checkpointed layers."""
+
+    fixed: Memory
+    """Whatever does not depend on the budget."""
+    activations: Activations
+    head: int
+    """Bytes that the head takes for a moment, however many rows go through it."""
+    head_row: int
+    """Bytes that each of these takes besides."""
+
+    @classmethod
+    def of(cls, logprobs: PairLogprobs, max_length: int, optimizer: str | None) -> Needs:
+        """Those of a model with pairs of `max_length` tokens a side; without an optimizer nothing of it is trained."""
+        activations = measure_activations(logprobs, max_length)
+        return cls(fixed_memory(logprobs.model, optimizer), activations, *_head_memory(logprobs))
+
+    @property
+    def layers(self) -> int:
+        """Layers that can be checkpointed."""
+        return len(self.activations.layers)
+
+    def training(self, tokens: int, checkpointed: int) -> Memory:
+        """A training step in micro-batches of so many tokens, its first `checkpointed` layers computed twice."""
+        # Gradients appear while activations go: beside all of these there are about half a layer's. Of a checkpointed
+        # layer, the activations come back; but those of one that is not are gone by then.
+        layers = 1.25 if self.layers and checkpointed == self.layers else 0.5
+        return self._with(
+            tokens,
+            activations=math.ceil(tokens * self.activations.of_token(checkpointed)),
+            backward=self.fixed.backward + math.ceil(layers * tokens * self.activations.widest),
+        )
+
+    def scoring(self, tokens: int) -> Memory:
+        """A pass without gradients: a layer's own activations, one after the other."""
+        return self._with(tokens, backward=self.fixed.backward + math.ceil(tokens * self.activations.widest))
+
+    def _with(self, tokens: int, **parts: int) -> Memory:
+        return replace(self.fixed, logprobs=self.head + tokens * self.head_row, **parts)
+
+
+# ---- what is there for the whole run ----
+
+
+def fixed_memory(model: PreTrainedModel, optimizer: str | None) -> Memory:
+    """Weights, what belongs to those that are trained, and what single weights need on their way."""
+    trained = [p for p in model.parameters() if p.requires_grad] if optimizer is not None else []
+    tensors = [*model.parameters(), *model.buffers(), *_of_quantisation(model)]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    own = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in trained}
+    beside = sum(own.values()) if any(not p.requires_grad for p in model.parameters()) else 0
+    in_half = [p.numel() for p in trained if p.dtype != torch.float32]
+    return Memory(
+        weights=sum(storages.values()) - beside,
+        adapters=beside,
+        masters=4 * sum(in_half),
+        gradients=4 * sum(p.numel() for p in trained),
+        optimizer=sum(_moments(p.numel(), optimizer) for p in trained) if optimizer is not None else 0,
+        backward=max((_unpacked_bytes(module) for module in model.modules()), default=0),
+    )
+
+
+def _head_memory(logprobs: PairLogprobs) -> tuple[int, int]:
+    """Bytes that the head takes for a moment: by itself, and for each row (head.py)."""
+    module = logprobs.model.get_output_embeddings()
+    (words, width), size = module.weight.shape, module.weight.element_size()
+    computed_again = 2 * size + 12  # of a logit: itself and its gradient, in the head's dtype and in float32
+    if logprobs.full_logits:
+        return 0, words * computed_again
+    if isinstance(module, nn.Linear) or isinstance(getattr(module, "token_adapter", module), TrainableTokensLayer):
+        rows, run = CPU_TILE if module.weight.device.type == "cpu" else GPU_TILE
+        of_logit = (size + 4 if size < 4 else 4) + (4 if Head.of(logprobs.model).cap is not None else 0)
+        itself = rows * min(run, words) * of_logit
+    else:
+        itself = CHUNK_ROWS * words * computed_again
+    # A trained head's gradient is made before any activation is gone.
+    return itself + (words * width * size if module.weight.requires_grad else 0), 8 * width
+
+
+def _moments(numbers: int, optimizer: str) -> int:
+    """Bytes of Adam's two moments of a weight on the device."""
+    if optimizer.startswith("paged"):  # they give way to whatever else needs room
+        return 0
+    if optimizer == "adamw_8bit" and numbers >= 4096:  # bitsandbytes leaves small ones in float32
+        return 2 * numbers + 8 * math.ceil(numbers / 256)
+    return 8 * numbers
+
+
+def _of_quantisation(model: nn.Module) -> Iterator[Tensor]:
+    """The scales that belong to bitsandbytes' quantised weights."""
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:
+            yield from (value for value in vars(state).values() if isinstance(value, Tensor))
+            state = state.state2
+        if isinstance(scales := getattr(parameter, "SCB", None), Tensor):
+            yield scales
+
+
+def _unpacked_bytes(module: Any) -> int:
+    """Bytes of a quantised layer's weight as it is multiplied, in half precision."""
+    if type(module).__name__ not in ("Linear4bit", "Linear8bitLt"):
+        return 0
+    base = getattr(module, "base_layer", module)  # peft's own have the same name
+    return 2 * base.in_features * base.out_features
+
+
+# ---- what grows with the micro-batch ----
+
+
+def measure_activations(logprobs: PairLogprobs, max_length: int) -> Activations:
+    """What the forward pass keeps of a token, in the pairs of up to `max_length` tokens a side that keep the most.
+
+    Very long ones are not tried. An attention that keeps its probabilities keeps the more of a token, the longer its
+    sequence; all else is the same for every token: both are a straight line over the length.
+    """
+    if max_length <= _TRIED_LENGTHS[1]:
+        return _kept_of_a_pair(logprobs, max_length)
+    short, long = (_kept_of_a_pair(logprobs, length) for length in _TRIED_LENGTHS)
+    # On a CPU, even longer sequences take a kernel that keeps no probabilities.
+    longest = min(max_length, attention_cpu.FOLDED_KEYS) if logprobs.model.device.type == "cpu" else max_length
+    reach = (longest - _TRIED_LENGTHS[0]) / (_TRIED_LENGTHS[1] - _TRIED_LENGTHS[0])
+
+    def at_longest(short: float, long: float) -> float:
+        return short + reach * (long - short)
+
+    return Activations(
+        tuple(at_longest(*ends) for ends in zip(short.layers, long.layers, strict=True)),
+        at_longest(short.layer_input, long.layer_input),
+        at_longest(short.outside, long.outside),
+        at_longest(short.widest, long.widest),
+    )
+
+
+def _kept_of_a_pair(logprobs: PairLogprobs, length: int) -> Activations:
+    model = logprobs.model
+    layers = checkpointable_layers(model)
+    batch = flat_batch([_pair(length, model.config.get_text_config().vocab_size)], "all").to(model.device)
+    # What is there anyway, then whatever has been counted. The references keep no memory, but keep a later storage from
+    # being taken for an earlier one.
+    tensors = [*model.parameters(), *model.buffers(), *_of_quantisation(model)]
+    known = {t.untyped_storage()._cdata: StorageWeakRef(t.untyped_storage()) for t in tensors}
+    kept = dict.fromkeys([None, *layers], 0)
+    inside: list[nn.Module | None] = [None]
+    inputs = 0
+
+    def note(tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            known[storage._cdata] = StorageWeakRef(storage)
+            kept[inside[-1]] += storage.nbytes()
+
+    def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal inputs
+        inside.append(layer)
+        hidden = next(x for x in [*args, *kwargs.values()] if isinstance(x, Tensor))
+        inputs = hidden.untyped_storage().nbytes()
+
+    def leave(layer: nn.Module, args: Any, output: Any) -> None:
+        inside.pop()
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(layer.register_forward_hook(leave).remove)
+        if not any(p.requires_grad for p in model.parameters()):  # a frozen model keeps as much as one that is trained
+            stack.callback(model.get_input_embeddings().register_forward_hook(_wants_gradient).remove)
+        stack.enter_context(_not_checkpointed(layers))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(note, _unreachable))
+        logprobs(batch)
+    tokens = batch.tokens
+    of_layers = tuple(kept[layer] / tokens for layer in layers)
+    outside = kept[None] / tokens
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
+    return Activations(of_layers, inputs / tokens, outside, max(of_layers, default=outside / depth))
+
+
+def _pair(length: int, vocabulary: int) -> TokenizedPair:
+    """A pair of fixed pseudo-random tokens whose sides have `length` each and share the first."""
+    ids = np.arange(2 * length, dtype=np.int64) * 7919 % (vocabulary - 1) + 1
+    sides = ids[:length], np.concatenate([ids[:1], ids[length + 1 :]])
+    return TokenizedPair(0, *sides, 1, 1, None)
+
+
+def _wants_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_()
+
+
+def _unreachable(packed: None) -> Tensor:
+    raise AssertionError("there is no backward pass")
+
+
+# ---- gradient checkpointing ----
+
+
+def checkpointable_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """The layers that transformers can checkpoint one by one, in the order of the model."""
+    return [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def checkpoint_layers(model: PreTrainedModel, count: int) -> None:
+    """Have the first `count` layers computed again in the backward pass, the others not.
+
+    The first, since their turn comes last: what the others have kept is gone by then.
+    """
+    if count:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # for reentrant checkpoints; here it would cost gradients that nobody wants
+    for i, layer in enumerate(checkpointable_layers(model)):
+        layer.gradient_checkpointing = i < count
+
+
+@contextmanager
+def _not_checkpointed(layers: Sequence[GradientCheckpointingLayer]) -> Iterator[None]:
+    before = [layer.gradient_checkpointing for layer in layers]
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer.gradient_checkpointing = was
+
+
+# ---- what the device has ----
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that a run may plan with: what the device has in all, less a reserve for what is not counted here.
+
+    On a CPU that is the machine's memory, or less where a limit is set on this process, shared among the run's
+    processes on the machine.
+    """
+    if device.type == "cpu":  # the reserve: Python and libraries, the data, whatever else runs
+        return int(0.8 * min(_memory_limits()) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) - GIB
+    if device.type == "mps":
+        return int(0.9 * torch.mps.recommended_max_memory())
+    # The reserve: the driver's context, and what the allocator loses between blocks.
+    return int(0.95 * torch.accelerator.get_memory_info(device)[1]) - GIB
+
+
+def _memory_limits() -> Iterator[int]:
+    """The machine's memory, and each limit that a control group (Linux) sets to this process."""
+    yield os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in groups:
+        if controllers not in ("", "memory"):  # version 2, version 1
+            continue
+        root = Path("/sys/fs/cgroup", controllers)
+        group = root / path.lstrip("/")
+        for directory in (group, *group.parents):
+            file = directory / ("memory.limit_in_bytes" if controllers else "memory.max")
+            if directory.is_relative_to(root) and file.is_file() and (limit := file.read_text().strip()).isdigit():
+                yield int(limit)
+
+
+# ---- the choice ----
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run uses its device."""
+
+    max_tokens: int
+    """Flat tokens of a micro-batch."""
+    checkpointed_layers: int
+    layers: int
+    memory: Memory
+    available: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has what is needed, by estimate."""
+        return self.memory.total <= self.available
+
+    def summary(self) -> dict[str, Any]:
+        """What the manifest says of it: bytes by part."""
+        return {
+            "checkpointed_layers": self.checkpointed_layers,
+            "estimated_bytes": {**asdict(self.memory), "total": self.memory.total},
+            "available_bytes": self.available,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"{self.max_tokens:,} tokens at once, {self.checkpointed_layers} of {self.layers} layers checkpointed; "
+            f"{self.memory.total / GIB:.2f} GiB estimated, {self.available / GIB:.2f} available"
+        )
+
+
+def choose_plan(
+    needs: Needs,
+    device: torch.device,
+    available: int,
+    *,
+    longest_pair: int,
+    pairs: int,
+    recomputed: float,
+    max_tokens: int | None = None,
+    checkpointed_layers: int | None = None,
+) -> Plan:
+    """The plan with which a step takes the least time, among those that fit.
+
+    A step's time is taken to be (1 + overhead / max_tokens) * (1 + recomputed * share of checkpointed layers): a small
+    budget costs something in every micro-batch, a checkpointed layer its forward pass again; all of them together the
+    share `recomputed` of a whole step. Where nothing fits, the plan that needs least: the longest pair, `longest_pair`
+    tokens, by itself, and layers checkpointed. What is given is taken as it is. `pairs` are those of a step.
+    """
+    fast, overhead = FAST_TOKENS.get(device.type, FAST_TOKENS["cuda"])
+    halved = [fast // 2**i for i in range(fast.bit_length()) if fast // 2**i > longest_pair]
+    budgets = [*halved, longest_pair] if max_tokens is None else [max_tokens]
+    counts = range(needs.layers + 1) if checkpointed_layers is None else [checkpointed_layers]
+    step = pairs * longest_pair
+    plans = [
+        Plan(tokens, count, needs.layers, needs.training(min(max(tokens, longest_pair), step), count), available)
+        for tokens in budgets
+        for count in counts
+    ]
+
+    def time(plan: Plan) -> float:
+        share = plan.checkpointed_layers / max(1, plan.layers)
+        return (1 + overhead / plan.max_tokens) * (1 + recomputed * share)
+
+    return min((plan for plan in plans if plan.fits), key=time, default=min(plans, key=lambda plan: plan.memory.total))
+
+
+def scoring_tokens(logprobs: PairLogprobs, recipe: Recipe) -> int:
+    """The token budget of a pass without gradients: the recipe's; for `auto` up to four times what training takes."""
+    if recipe.train.max_tokens_per_microbatch != "auto":
+        return recipe.train.max_tokens_per_microbatch
+    device, longest = logprobs.model.device, 2 * recipe.data.max_length
+    needs, available = Needs.of(logprobs, recipe.data.max_length, None), device_memory(device)
+    fast, _ = FAST_TOKENS.get(device.type, FAST_TOKENS["cuda"])
+    budgets = [tokens for tokens in (4 * fast, 2 * fast, fast, fast // 2, fast // 4) if tokens > longest]
+    return next((tokens for tokens in budgets if needs.scoring(tokens).total <= available), longest)
