@@ -20,6 +20,7 @@ from orpo_cli.data.dataset import DROP_REASONS, PairSet, load_held_out
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.files import to_json, to_json_lines, write_file
 from orpo_cli.loss import MAX_LOGP
+from orpo_cli.malloc import keep_freed_memory
 from orpo_cli.model.build import build_for_scoring, context_tokens, load_text_side, pair_tokenizer
 from orpo_cli.model.logprobs import PairLogprobs, inference
 from orpo_cli.model.memory import scoring_tokens
@@ -202,6 +203,8 @@ def evaluate_target(
     """
     subject = find_subject(target, load_recipe(recipe_file) if recipe_file else None, data)
     recipe, device = subject.recipe, PartialState().device
+    if device.type == "cpu":
+        keep_freed_memory()
     context = context_tokens(recipe.model)
     if context is not None and recipe.data.max_length > context:  # longer pairs are skipped and counted
         data_section = recipe.data.model_copy(update={"max_length": context})

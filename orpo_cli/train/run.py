@@ -26,6 +26,7 @@ from orpo_cli.errors import InputError, ModelError, RunError, is_out_of_memory
 from orpo_cli.evaluate import pair_lines, skipped, summarise
 from orpo_cli.files import to_json, to_json_lines, write_directory, write_file
 from orpo_cli.generate import answers
+from orpo_cli.malloc import keep_freed_memory
 from orpo_cli.merge import MEASURED_PAIRS, merge_trained, save_model
 from orpo_cli.model.build import (
     Built,
@@ -74,6 +75,8 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
         run.claim(resume=resumes, overwrite=start.overwrite)
     processes.wait()
     make_deterministic(processes.device)
+    if processes.device.type == "cpu":
+        keep_freed_memory()
 
     text = load_text_side(recipe)
     check_max_length(recipe.model, recipe.data.max_length)

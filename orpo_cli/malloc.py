@@ -1,0 +1,22 @@
+"""The C library's memory allocator, told that a training step frees what the next one asks for again."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_THRESHOLD = 1 << 30
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep blocks of up to a GiB that are freed, instead of giving them back to the kernel.
+
+    Handed out anew, memory from the kernel is zeroed page by page: for the buffers of a step on a CPU, some five
+    percent of its time. Other C libraries are left as they are.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_TRIM_THRESHOLD, _THRESHOLD)
+        libc.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
