@@ -7,16 +7,18 @@ import platform
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_THRESHOLD = 1 << 30
+# Before 2.35, glibc takes no more than the second for a block.
+_THRESHOLDS = (1 << 30, 1 << 25)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep blocks of up to a GiB that are freed, instead of giving them back to the kernel.
+    """Have glibc keep blocks of up to a GiB (32 MiB before 2.35) that are freed, instead of giving them to the kernel.
 
     Handed out anew, memory from the kernel is zeroed page by page: for the buffers of a step on a CPU, some five
     percent of its time. Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_TRIM_THRESHOLD, _THRESHOLD)
-        libc.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
+        # The other one alone would have every block above 128 KiB given back, which glibc by itself learns not to do.
+        if any(libc.mallopt(_M_MMAP_THRESHOLD, threshold) for threshold in _THRESHOLDS):
+            libc.mallopt(_M_TRIM_THRESHOLD, _THRESHOLDS[0])

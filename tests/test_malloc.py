@@ -1,10 +1,13 @@
 """Whether freed memory stays with the process, seen in the page faults of asking for it again."""
 
+import ctypes
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from orpo_cli.malloc import keep_freed_memory
 
 AGAIN = """
 import resource, sys
@@ -30,3 +33,24 @@ def test_a_buffer_asked_for_again_is_not_taken_from_the_kernel_again():
         return int(done.stdout)
 
     assert faults("keep") < faults("give back") / 10
+
+
+def test_a_c_library_that_takes_a_lower_threshold_gets_it(monkeypatch):
+    """As glibc before 2.35: a refused threshold must not leave the other one set alone."""
+
+    class Older:
+        def __init__(self, most: int) -> None:
+            self.most, self.taken = most, {}
+
+        def mallopt(self, what: int, value: int) -> int:
+            if what == -3 and value > self.most:
+                return 0
+            self.taken[what] = value
+            return 1
+
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.31"))
+    for most, taken in ((2**30, {-3: 2**30, -1: 2**30}), (2**25, {-3: 2**25, -1: 2**30}), (2**20, {})):
+        libc = Older(most)
+        monkeypatch.setattr(ctypes, "CDLL", lambda name, libc=libc: libc)
+        keep_freed_memory()
+        assert libc.taken == taken
