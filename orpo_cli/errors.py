@@ -47,9 +47,11 @@ class RunError(OrpoError, RuntimeError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: Python's, a device's, or (torch has no class of its own for it) the CPU allocator's."""
+    """Whether memory ran out: Python's, a device's, or the CPU allocator's."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+    # torch has a class of its own for what CUDA's allocator says, and none for the CPU's, MPS's and CUDA's libraries.
+    said = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or any(words in str(error) for words in said)
 
 
 class Stopped(OrpoError):  # noqa: N818 - to be stopped is no error
