@@ -55,7 +55,8 @@ class FlatBatch:
 
     def to(self, device: torch.device) -> FlatBatch:
         """The same batch with its tensors on `device`."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        # MPS would not wait either, and read memory that has been given to something else by then.
+        return self._each(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def pinned(self) -> FlatBatch:
         """The same batch in page-locked memory, from which a copy to a GPU does not hold up the CPU."""
