@@ -401,7 +401,7 @@ VALUES: dict[str, str] = {
     "adamw_hf": "adamw",
     "adam": "adamw",
     "adamw_bnb_8bit": "adamw_8bit",
-    "paged_adamw": "paged_adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw",
     "wsd": "warmup_stable_decay",
     "keep_end": "truncate_prompt",
     "keep_start": "truncate_response",
