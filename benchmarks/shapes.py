@@ -15,7 +15,7 @@ vocab-32k, vocab-128k, full-vocab-32k, full-vocab-128k
                 32,768 and 131,072 words, LoRA and full fine-tune
 
 Where both sizes of a vocabulary were run, it is said what the larger one adds to the peak of memory, beside what it
-has to add: its rows' weights, where they train their gradient and optimizer state, and one chunk of logits.
+has to add: its rows' weights, and where they train their gradient and optimizer state.
 """
 
 from __future__ import annotations
@@ -84,13 +84,9 @@ CASES = {
 def added_memory(runs: Mapping[str, tuple[list[Trained], list[Trained]]]) -> None:
     """Say what a larger vocabulary adds to the peak, and what it has to add."""
     rows_gib = (LARGE - SMALL) * HIDDEN / 2**30  # a byte for each of the added weights
-    chunk = 256 * (LARGE - SMALL) * (2 + 4) / 2**30  # of logits, in bfloat16 and in float32
     must = {
-        "": (2 * rows_gib + chunk, "their bfloat16 weights and one chunk"),
-        "full-": (
-            (2 + 4 + 4 + 8) * rows_gib + chunk,
-            "bfloat16 and float32 weights, gradient, Adam's moments and one chunk",
-        ),
+        "": (2 * rows_gib, "their bfloat16 weights"),
+        "full-": ((2 + 4 + 4 + 8) * rows_gib, "bfloat16 and float32 weights, gradient and Adam's moments"),
     }
     for kind, (gib, what) in must.items():
         if {f"{kind}vocab-32k", f"{kind}vocab-128k"} <= runs.keys():
