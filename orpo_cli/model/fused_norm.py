@@ -8,6 +8,7 @@ Shapes: E the size that is normalised over.
 
 from __future__ import annotations
 
+import copy
 from types import MethodType
 from typing import Any
 
@@ -41,13 +42,15 @@ def _offset(module: nn.Module) -> float | None:
     weight, eps = module.weight, _eps(module)
     if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float):
         return None
-    # A small input, so that eps binds; weights at which an offset shows.
+    # A small input, so that eps binds; unequal weights, at which an offset shows, and what they are multiplied with.
     generator = torch.Generator().manual_seed(0)
     x = 1e-3 * torch.randn(4, len(weight), generator=generator).to(weight)
     tolerance = 4 * torch.finfo(weight.dtype).eps
     with torch.no_grad():
         try:
-            expected = module(x)
+            trial: Any = copy.deepcopy(module)
+            weight = trial.weight.copy_(0.5 + torch.rand(len(weight), generator=generator))
+            expected = trial(x)
         except Exception:  # a norm that wants more than hidden states is not ours to replace
             return None
         for offset in (0.0, 1.0):

@@ -91,7 +91,14 @@ class WrongEpsRMSNorm(HalfRMSNorm):
         return rms_norm(x, self.weight, 1e-5)
 
 
-@pytest.mark.parametrize("kind", [HalfRMSNorm, WrongEpsRMSNorm])
+class InputScaledRMSNorm(HalfRMSNorm):
+    """The same as long as all weights are equal, as they are before training."""
+
+    def forward(self, x):
+        return rms_norm(x * self.weight, torch.ones(8), self.eps)
+
+
+@pytest.mark.parametrize("kind", [HalfRMSNorm, WrongEpsRMSNorm, InputScaledRMSNorm])
 def test_a_norm_that_computes_something_else_is_left_alone(kind):
     module = nn.Sequential(kind())
     assert fuse_norms(module) == 0
