@@ -266,7 +266,9 @@ def test_what_is_given_is_taken_as_it_is():
     assert 0 < crowded.checkpointed_layers < 8
     assert plan(2_000, checkpointed_layers=0).checkpointed_layers == 0
     assert not plan(2_000, checkpointed_layers=0).fits
-    assert plan(20_000, longest_pair=10_000).max_tokens == 10_000  # longer than what would be fast
+    long = plan(20_000, longest_pair=10_000)  # longer than what is fast: a micro-batch of its own, and planned for
+    assert long.max_tokens == memory.FAST_TOKENS["cpu"][0] < 10_000
+    assert long.memory.activations == plan(20_000, max_tokens=10_000, longest_pair=10_000).memory.activations
 
 
 def test_the_device_has_what_the_machine_or_a_limit_says(monkeypatch, tmp_path):
