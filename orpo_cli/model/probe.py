@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from orpo_cli.data.batches import FlatBatch, flat_batch
 from orpo_cli.data.tokenize import TokenizedPair
-from orpo_cli.model import attention
+from orpo_cli.model import attention, attention_ragged
 from orpo_cli.model.attention import CannotShareError, Layout, shared_prefix_attention
 from orpo_cli.model.head import Head
 from orpo_cli.model.logprobs import PairLogprobs, inference, length_dependent_beyond, padded
@@ -84,6 +84,8 @@ def why_not_ragged(model: PreTrainedModel) -> str | None:
 
     None as well where no layer would use it.
     """
+    if not attention_ragged.is_offered(model.get_input_embeddings().weight.device):
+        return None
     faults: list[str] = []
 
     def compared(
