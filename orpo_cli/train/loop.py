@@ -212,7 +212,8 @@ def gradients_within_memory(run: Run, step: int, data: StepData) -> Tensor:
         if data.max_tokens != run.max_tokens:
             data = cut(run, data.pairs, data.position)
         sizes = [run.logprobs.tokens(pair) for pair in data.pairs]
-        smaller = max(*sizes, min(run.max_tokens, sum(sizes)) // 2)
+        largest_share = max(sum(sizes[rank :: run.processes.count]) for rank in range(run.processes.count))
+        smaller = max(*sizes, min(run.max_tokens, largest_share) // 2)
         may_retry = run.recipe.train.max_tokens_per_microbatch == "auto" and smaller < run.max_tokens
         ran_out = False
         try:
