@@ -7,12 +7,12 @@ import platform
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# Before 2.35, glibc takes no more than the second for a block.
+# Older releases of glibc take no more than the second for a block.
 _THRESHOLDS = (1 << 30, 1 << 25)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep blocks of up to a GiB (32 MiB before 2.35) that are freed, instead of giving them to the kernel.
+    """Have glibc keep blocks of up to a GiB (in older releases 32 MiB) that are freed, instead of giving them to the kernel.
 
     Handed out anew, memory from the kernel is zeroed page by page: for the buffers of a step on a CPU, some five
     percent of its time. Other C libraries are left as they are.
