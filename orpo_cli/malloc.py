@@ -12,7 +12,7 @@ _THRESHOLDS = (1 << 30, 1 << 25)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep blocks of up to a GiB (in older releases 32 MiB) that are freed, instead of giving them to the kernel.
+    """Have glibc keep freed blocks of up to a GiB (32 MiB in older releases) rather than give them to the kernel.
 
     Handed out anew, memory from the kernel is zeroed page by page: for the buffers of a step on a CPU, some five
     percent of its time. Other C libraries are left as they are.

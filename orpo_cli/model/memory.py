@@ -398,7 +398,8 @@ def choose_plan(
     A step's time is taken to be (1 + overhead / max_tokens) * (1 + recomputed * share of checkpointed layers): a small
     budget costs something in every micro-batch, a checkpointed layer its forward pass again; all of them together the
     share `recomputed` of a whole step. Where nothing fits, the plan that needs least: one pair at a time and layers
-    checkpointed. The longest pair, `longest_pair` tokens, always has to fit: beyond the budget it goes by itself. What is given is taken as it is. `pairs` are those of a step.
+    checkpointed. The longest pair, `longest_pair` tokens, always has to fit: beyond the budget it goes by itself. What
+    is given is taken as it is. `pairs` are those of a step.
     """
     fast, overhead = FAST_TOKENS.get(device.type, FAST_TOKENS["cuda"])
     halved = [fast // 2**i for i in range(fast.bit_length()) if fast // 2**i > longest_pair]
