@@ -14,14 +14,19 @@ import typer
 
 from orpo_cli import __version__
 from orpo_cli.errors import InputError, OrpoError, RunError, is_out_of_memory
+from orpo_cli.help import GroupedVerbs
 
 app = typer.Typer(
     name="orpo",
+    cls=GroupedVerbs,
     help="Preference-align a language model in one stage: one YAML recipe, one command, ORPO (arXiv 2403.07691).",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+# The headings of `orpo --help`.
+START, TRAIN, USE, TOOLS = "Start", "Train", "Judge and use", "Around it"
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Set = Annotated[
@@ -45,7 +50,18 @@ def options(
         raise typer.Exit(InputError.exit_code)
 
 
-@app.command()
+@app.command(rich_help_panel=START)
+def demo(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to work.")] = Path("orpo-demo"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a demo that is there.")] = False,
+) -> None:
+    """The whole way on a tiny base and data that it makes itself; needs no network."""
+    from orpo_cli.demo import demo as run_demo
+
+    run_demo(directory, overwrite=overwrite)
+
+
+@app.command(rich_help_panel=TRAIN)
 def train(
     recipe: RecipeFile,
     set_: Set = None,
@@ -68,7 +84,7 @@ def train(
     )
 
 
-@app.command("eval")
+@app.command("eval", rich_help_panel=USE)
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, an adapter, or a model.")],
     data: Annotated[
@@ -102,7 +118,7 @@ def evaluate(
             raise RunError(f"{metric} is {figures[metric]:.4g}, below {least:g}")
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def merge(
     target: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run, or an adapter's directory.")],
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to write; else `merged` beside it.")] = None,
@@ -119,15 +135,14 @@ def merge(
     typer.echo(merge_target(target, output=output, base=base, dtype=dtype))
 
 
-@app.command()
-def demo(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to work.")] = Path("orpo-demo"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a demo that is there.")] = False,
+@app.command(rich_help_panel=TOOLS)
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="A page for people instead, docs/recipe.md.")] = False,
 ) -> None:
-    """The whole way on a tiny base and data that it makes itself; needs no network."""
-    from orpo_cli.demo import demo as run_demo
+    """JSON Schema of the recipe, for editors."""
+    from orpo_cli.recipe import reference
 
-    run_demo(directory, overwrite=overwrite)
+    typer.echo(reference.markdown() if markdown else json.dumps(reference.json_schema(), indent=2), nl=not markdown)
 
 
 def main() -> None:

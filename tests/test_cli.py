@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,7 +46,41 @@ def test_without_arguments_help_is_an_error(orpo):
 def test_help_goes_to_stdout(orpo, flag):
     code, out, err = orpo(flag)
     assert (code, err) == (0, "")
-    assert all(f"\n  {verb} " in out for verb in ("train", "eval", "merge", "demo"))
+    assert all(f"\n  {verb} " in out for verb in ("train", "eval", "merge", "demo", "schema"))
+
+
+def test_help_groups_the_verbs_and_cuts_no_sentence(orpo):
+    _, out, _ = orpo("--help")
+    assert re.findall(r"^([A-Z].*):$", out, re.MULTILINE) == ["Options", "Start", "Train", "Judge and use", "Around it"]
+    assert "..." not in out.split("Start:")[1]
+    assert re.search(r"^Train:\n(  .*\n)*  train ", out, re.MULTILINE)
+
+
+def test_the_schema_is_json_for_editors_or_a_page(orpo):
+    code, out, err = orpo("schema")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["$schema"].endswith("2020-12/schema")
+    code, out, err = orpo("schema", "--markdown")
+    assert (code, err) == (0, "")
+    assert out.startswith("# Recipe reference\n")
+
+
+def test_shells_complete_verbs_and_options():
+    command = "import orpo_cli.cli; orpo_cli.cli.main()"
+    for typed, expected in {"orpo sch": ["schema"], "orpo train --resu": ["--resume", "--resume-from"]}.items():
+        done = subprocess.run(
+            [sys.executable, "-c", command],
+            env={
+                **os.environ,
+                "_ORPO_COMPLETE": "complete_bash",
+                "COMP_WORDS": typed,
+                "COMP_CWORD": str(typed.count(" ")),
+            },
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.stdout.split() == expected
 
 
 def test_version(orpo):
@@ -328,7 +364,9 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "tokenizers", "bitsandbytes")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"], ["train"], ["trian"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["--version"], ["train"], ["trian"], ["schema"]]
+)
 def test_what_needs_no_model_loads_no_torch(arguments):
     done = python(
         "-c",
@@ -337,6 +375,27 @@ def test_what_needs_no_model_loads_no_torch(arguments):
         f"print([name for name in {HEAVY!r} if name in sys.modules], code)",
     )
     assert done.stdout.splitlines()[-1] == f"[] {2 if arguments in (['train'], ['trian']) else 0}", done.stderr
+
+
+def test_help_costs_no_more_than_half_again_the_libraries_it_is_made_of():
+    def seconds(*arguments: str) -> float:
+        start = time.perf_counter()
+        assert python(*arguments).returncode == 0
+        return time.perf_counter() - start
+
+    # In turns, and the best of each: a machine that is busy slows both.
+    turns = [(seconds("-m", "orpo_cli", "--help"), seconds("-c", "import typer, pydantic, yaml")) for _ in range(7)]
+    ours, theirs = map(min, zip(*turns, strict=True))
+    assert ours <= 1.5 * theirs
+
+
+def test_a_recipe_is_validated_without_torch(tiny_recipe):
+    done = python(
+        "-c",
+        "import sys\nfrom orpo_cli.recipe import load_recipe\n"
+        f"load_recipe({str(tiny_recipe())!r})\nprint([name for name in {HEAVY!r} if name in sys.modules])",
+    )
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_the_module_is_the_command():

@@ -70,7 +70,7 @@ def _fault(path: KeyPath, complaints: Sequence[Any], raw: str | None) -> Fault:
     if "extra_forbidden" in kinds or any(complaint["loc"][-1] == "[key]" for complaint in complaints):
         return _unknown_key(path)
     if "missing" in kinds:
-        return Fault(key, f"required, and missing (allowed: {_either(choices)})")
+        return Fault(key, f"required, and missing (allowed: {either(choices)})")
     for complaint in complaints:
         if complaint["type"] == "value_error":
             return Fault(key, f"{complaint['ctx']['error']} (got {_show(value, raw)})")
@@ -83,7 +83,7 @@ def _fault(path: KeyPath, complaints: Sequence[Any], raw: str | None) -> Fault:
         wrong = "unknown value"
     else:
         wrong = "wrong type"
-    return Fault(key, f"{wrong} (allowed: {_either(choices)}; got {_show(value, raw)})", hint)
+    return Fault(key, f"{wrong} (allowed: {either(choices)}; got {_show(value, raw)})", hint)
 
 
 # --------------------------------------------------------------------------------------------- what was meant
@@ -94,9 +94,7 @@ def _unknown_key(path: KeyPath) -> Fault:
     section, siblings = path[:-1], _keys(annotation_at(path[:-1]))
     meant, note = _meant_key(path, siblings)
     if meant == key:  # a key of the other branch of data.eval
-        return Fault(
-            key, "does not go with the keys beside it", f"{dotted(section)} is {_either(_choices_at(section))}"
-        )
+        return Fault(key, "does not go with the keys beside it", f"{dotted(section)} is {either(_choices_at(section))}")
     if meant:
         return Fault(key, "unknown key", f"did you mean {meant}?" + (f" ({note})" if note else ""), (meant,))
     if note:
@@ -186,10 +184,11 @@ def section_keys() -> list[str]:
 def _choices_at(path: KeyPath) -> list[str]:
     if today := checks.NOT_YET.get(dotted(path)):
         return [json.dumps(value).strip('"') for value in today[0]]
-    return _choices(annotation_at(path))
+    return allowed(annotation_at(path))
 
 
-def _either(choices: list[str]) -> str:
+def either(choices: list[str]) -> str:
+    """`["a", "b", "c"]` -> `a, b or c`."""
     return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]])) if choices else "nothing"
 
 
@@ -204,7 +203,7 @@ def _branches(annotation: Any) -> list[tuple[Any, list[Any]]]:
     return [(annotation, [])]
 
 
-def _choices(annotation: Any) -> list[str]:
+def allowed(annotation: Any) -> list[str]:
     """What a type allows, in words, each alternative once."""
     return list(dict.fromkeys(word for branch in _branches(annotation) for word in _words(*branch)))
 
@@ -223,7 +222,7 @@ def _words(kind: Any, constraints: list[Any]) -> list[str]:
     if origin is Literal:
         return [str(value) for value in get_args(kind)]
     if origin is list:
-        return [f"a list of {_either(_choices(get_args(kind)[0]))}"]
+        return [f"a list of {either(allowed(get_args(kind)[0]))}"]
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         keys = _keys(kind)
         return [f"a mapping of {', '.join(keys[:3])}" + (", ..." if len(keys) > 3 else "")]

@@ -21,6 +21,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     Tag,
     ValidationInfo,
+    WithJsonSchema,
     model_serializer,
     model_validator,
 )
@@ -71,7 +72,12 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Regex = Annotated[Text, AfterValidator(_is_regex)]
-JinjaFile = Annotated[str, AfterValidator(_is_template_file), InWords("an existing file.jinja")]
+JinjaFile = Annotated[
+    str,
+    AfterValidator(_is_template_file),
+    InWords("an existing file.jinja"),
+    WithJsonSchema({"type": "string", "pattern": r"\.jinja$"}),
+]
 Scalar = str | int | float | bool
 Number = int | float
 
