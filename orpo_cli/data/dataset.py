@@ -138,6 +138,8 @@ class PairSet:
     """All pairs by position; None when they are streamed."""
     excluded: set[int] = field(default_factory=set)
     """Positions of usable pairs that are not in this set: held out, or duplicates."""
+    truncated: int = 0
+    """How many of the pairs were truncated to fit."""
     dropped: Counter[str] = field(default_factory=Counter)
     rows_read: int = 0
     """Rows of an uncounted stream that have been read so far, each once."""
@@ -220,19 +222,22 @@ class PairSet:
             (index, result if index not in self.excluded else None) for index, _, result in islice(rows, BLOCK_ROWS)
         ]:
             if self.rows is None:
-                self._count(
-                    number, [(index, result) for index, result in block if isinstance(result, Drop)], len(block)
-                )
+                self._count(number, block)
             pairs = [result if isinstance(result, TokenizedPair) else None for _, result in block]
             yield number, number * BLOCK_ROWS, pairs
             number += 1
 
-    def _count(self, number: int, drops: list[tuple[int, Drop]], rows: int) -> None:
-        """Count what is dropped from a stream that no pass has counted; each block once. Raises DataError."""
+    def _count(self, number: int, block: list[tuple[int, TokenizedPair | Drop | None]]) -> None:
+        """Count what is dropped from, or truncated in, a stream that no pass has counted; each block once.
+
+        Raises DataError.
+        """
         if number in self._counted:
             return
         self._counted.add(number)
-        self.rows_read += rows
+        self.rows_read += len(block)
+        self.truncated += sum(isinstance(result, TokenizedPair) and result.truncated for _, result in block)
+        drops = [(index, result) for index, result in block if isinstance(result, Drop)]
         for index, drop in drops:
             self.dropped[drop.reason] += 1
             self.examples.setdefault(drop.reason, f"{self.reader.where(index)}: {drop.detail}")
@@ -269,6 +274,7 @@ class PairSet:
             ],
             "rows": self.rows if self.rows is not None else self.rows_read,
             "pairs": self.pairs,
+            "truncated": self.truncated,
             "dropped": dict(sorted(self.dropped.items())),
         }
 
@@ -332,6 +338,7 @@ def survey(
                 pairs.examples.setdefault(result.reason, f"{reader.where(index)}: {result.detail}")
                 continue
             usable, of_source = usable + 1, of_source + 1
+            pairs.truncated += result.truncated
             if pairs.held is not None:
                 pairs.held[index] = result
             if holdout is not None and pair is not None:
@@ -383,8 +390,9 @@ def _hold_out(pairs: PairSet, prompts: dict[bytes, list[int]], holdout: Holdout)
         results = ((index, result) for index, _, result in pairs.reader.read() if index in taken)
         held = {index: result for index, result in results if isinstance(result, TokenizedPair)}
         pairs.excluded |= taken
-    pairs.pairs -= len(held)
-    return pairs, PairSet(pairs.reader, rows=pairs.rows, pairs=len(held), held=held)
+    truncated = sum(pair.truncated for pair in held.values())
+    pairs.pairs, pairs.truncated = pairs.pairs - len(held), pairs.truncated - truncated
+    return pairs, PairSet(pairs.reader, rows=pairs.rows, pairs=len(held), held=held, truncated=truncated)
 
 
 def _check_dropped(pairs: PairSet) -> None:

@@ -38,6 +38,7 @@ class TokenizedPair:
     chosen_ids, rejected_ids: int32 (Lc,) and (Lr,).
     chosen_start, rejected_start: first token of the response in them, 1 <= start < L.
     assistant_mask: bool (Lc,), the tokens of every assistant turn in `chosen_ids`; None unless asked for.
+    truncated: whether the length policy took something off its prompt or its responses.
     """
 
     index: int
@@ -46,6 +47,7 @@ class TokenizedPair:
     chosen_start: int
     rejected_start: int
     assistant_mask: np.ndarray | None
+    truncated: bool = False
 
 
 class PairTokenizer:
@@ -283,21 +285,27 @@ class PairTokenizer:
                 raise Drop("empty", f"{name} has {count} tokens, fewer than {self.min_response_tokens}")
             if side.start < 1:
                 raise Drop("empty", "no token stands before the response: an empty prompt, and no BOS")
-        chosen, rejected = self._to_length(pair, index, chosen, rejected)
+        too_long = self.too_long(max(len(chosen.ids), len(rejected.ids)), max(chosen.start, rejected.start))
+        if too_long:
+            chosen, rejected = self._to_length(pair, index, chosen, rejected, too_long)
         if np.array_equal(chosen.ids, rejected.ids):
             raise Drop("identical", "chosen and rejected are the same tokens")
-        return TokenizedPair(index, chosen.ids, rejected.ids, chosen.start, rejected.start, chosen.mask)
+        return TokenizedPair(
+            index, chosen.ids, rejected.ids, chosen.start, rejected.start, chosen.mask, truncated=bool(too_long)
+        )
 
-    def _to_length(self, pair: Pair, index: int, chosen: _Tokens, rejected: _Tokens) -> tuple[_Tokens, _Tokens]:
-        """Apply `overlong`: drop, error, or shorten the prompt first by whole messages, then by tokens."""
-        longest, prompt_length = max(len(chosen.ids), len(rejected.ids)), max(chosen.start, rejected.start)
-        too_long = ""
+    def too_long(self, longest: int, prompt: int) -> str:
+        """Which limit is exceeded by a pair whose longer side and whose prompt have so many tokens; "" if none is."""
         if longest > self.max_length:
-            too_long = f"{longest:,} tokens exceed max_length {self.max_length:,}"
-        elif self.max_prompt_length is not None and prompt_length > self.max_prompt_length:
-            too_long = f"{prompt_length:,} prompt tokens exceed max_prompt_length {self.max_prompt_length:,}"
-        if not too_long:
-            return chosen, rejected
+            return f"{longest:,} tokens exceed max_length {self.max_length:,}"
+        if self.max_prompt_length is not None and prompt > self.max_prompt_length:
+            return f"{prompt:,} prompt tokens exceed max_prompt_length {self.max_prompt_length:,}"
+        return ""
+
+    def _to_length(
+        self, pair: Pair, index: int, chosen: _Tokens, rejected: _Tokens, too_long: str
+    ) -> tuple[_Tokens, _Tokens]:
+        """Apply `overlong`: drop, error, or shorten the prompt first by whole messages, then by tokens."""
         if self.overlong == "error":
             raise DataError(
                 f"row {index}: {too_long}",

@@ -192,6 +192,8 @@ def describe_data(train_set: PairSet, held_out: PairSet | None, text: TextSide, 
         size = "a stream, not counted" if pairs.pairs is None else f"{pairs.pairs:,} pairs of {pairs.rows:,} rows"
         formats = ", ".join(dict.fromkeys(f"{s.format.name} ({s.format.why})" for s in pairs.reader.sources))
         say(f"{name} data: {size}; format {formats}")
+        if pairs.truncated:
+            say(f"  truncated {pairs.truncated:,} of them to fit (data.overlong: {recipe.data.overlong})")
         for line in pairs.drop_lines():
             say(f"  dropped {line}")
         if pairs.dropped_share > recipe.data.max_dropped / 10:

@@ -384,6 +384,35 @@ def test_fingerprint_and_summary(tokenise, mixed_file, streaming):
     assert load(tokenise, mixed_file, streaming=streaming)[0].fingerprint != pairs.fingerprint
 
 
+@STREAMED
+@pytest.mark.parametrize("holdout", [None, 8])
+def test_truncated_pairs_are_counted_in_their_set(make_tokenizer, tmp_path, streaming, holdout):
+    rows = [good(i) | {"chosen": "long " * (i % 7)} for i in range(1, 60) if i % 7]
+    tokenise = make_tokenizer(40)
+    tokenise.overlong = "truncate_response"
+    before = [f"User: {row['prompt']}\n\nAssistant: " for row in rows]
+    whole = [
+        max(length(text + row["chosen"]), length(text + row["rejected"]))
+        for text, row in zip(before, rows, strict=True)
+    ]
+    sets = load(
+        tokenise, write(tmp_path / "long.jsonl", rows), streaming=streaming, eval=holdout and {"holdout": holdout}
+    )
+    sets = [pairs for pairs in sets if pairs]
+    held_out = set(sets[1].held) if holdout else set()
+    for pairs, within in zip(sets, (set(range(len(rows))) - held_out, held_out), strict=False):
+        assert pairs.summary()["truncated"] == pairs.truncated == sum(whole[i] > 40 for i in within) > 0
+
+
+def test_truncated_pairs_of_a_stream_that_is_not_counted_are_counted_once(make_tokenizer, tmp_path):
+    tokenise = make_tokenizer(40)
+    tokenise.overlong = "truncate_response"
+    path = write(tmp_path / "long.jsonl", [good(i) | {"chosen": "long " * (i % 3 * 8 + 1)} for i in range(30)])
+    pairs, _ = load(tokenise, path, streaming=True, max_steps=1)
+    taken(pairs, 70)
+    assert pairs.truncated == 20
+
+
 # Real files, counted a second time by a program that knows only their one shape
 
 

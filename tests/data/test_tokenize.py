@@ -601,7 +601,10 @@ def test_truncation_equals_brute_force(setting, overlong, add_bos):
             assert_equal(result, expected)
             assert max(len(result.chosen_ids), len(result.rejected_ids)) <= policy["max_length"]
             assert min(result.chosen_start, result.rejected_start) >= 1
-            outcomes.add(len(result.chosen_ids) < len(whole(pair, 0).chosen_ids))
+            full = whole(pair, 0)
+            tokens = len(full.chosen_ids) + len(full.rejected_ids)
+            assert result.truncated == (len(result.chosen_ids) + len(result.rejected_ids) < tokens)
+            outcomes.add(result.truncated)
     assert {"overlong", True, False} <= outcomes
 
 

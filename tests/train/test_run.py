@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -514,3 +515,12 @@ def test_merging_a_quantised_run_again_says_what_it_costs(tiny_recipe, base_for_
     assert merged == run / "merged"
     assert json.loads((run / "manifest.json").read_text())["merge"]["mean_gap_chosen_logps"] > 0
     assert AutoModelForCausalLM.from_pretrained(merged).dtype == torch.bfloat16  # as it was trained
+
+
+def test_truncated_pairs_are_said_and_kept_in_the_manifest(tiny_recipe, capsys):
+    recipe = load_recipe(tiny_recipe(data={"max_length": 64, "overlong": "truncate_prompt"}, train={"max_steps": 2}))
+    train(recipe)
+    counted = json.loads((Path(recipe.output.dir) / "manifest.json").read_text())["data"]
+    said = re.findall(r"truncated (\d+) of them to fit \(data.overlong: truncate_prompt\)", capsys.readouterr().err)
+    assert said == [str(counted[name]["truncated"]) for name in ("train", "eval")]
+    assert counted["train"]["truncated"] > 0
