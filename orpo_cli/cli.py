@@ -51,6 +51,35 @@ def options(
 
 
 @app.command(rich_help_panel=START)
+def init(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A starter recipe; none: list them.")] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="A recipe of axolotl, LLaMA-Factory, TRL or alignment-handbook."),
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Where to write.")] = Path(
+        "recipe.yaml"
+    ),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
+) -> None:
+    """List the starter recipes, or write one to edit: a starter, or another tool's recipe made ours."""
+    from orpo_cli import init as recipes
+
+    if name is not None and from_ is not None:
+        raise InputError("a starter recipe and --from were both given", "give one of them")
+    if from_ is not None:
+        for line in recipes.write_converted(from_, output, overwrite=overwrite):
+            typer.echo(line, err=True)
+        typer.echo(output)
+    elif name is not None:
+        recipes.write_recipe(recipes.starter(name), output, overwrite=overwrite)
+        typer.echo(output)
+    else:
+        for known, purpose in recipes.starters().items():
+            typer.echo(f"{known}\n    {purpose}")
+
+
+@app.command(rich_help_panel=START)
 def demo(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to work.")] = Path("orpo-demo"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a demo that is there.")] = False,

@@ -21,16 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo_cli.errors import InputError
+from orpo_cli.init import RECIPES
 
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# An installed package carries the recipes inside; a checkout has them beside it.
-RECIPES = next(
-    path for path in (Path(__file__).with_name("recipes"), Path(__file__).parents[1] / "recipes") if path.is_dir()
-)
 FILES = ("base", "pairs.jsonl", "recipe.yaml", "run")
 SEED = 1
 PAIRS = 400

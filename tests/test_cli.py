@@ -46,7 +46,7 @@ def test_without_arguments_help_is_an_error(orpo):
 def test_help_goes_to_stdout(orpo, flag):
     code, out, err = orpo(flag)
     assert (code, err) == (0, "")
-    assert all(f"\n  {verb} " in out for verb in ("train", "eval", "merge", "demo", "schema"))
+    assert all(f"\n  {verb} " in out for verb in ("train", "eval", "merge", "demo", "init", "schema"))
 
 
 def test_help_groups_the_verbs_and_cuts_no_sentence(orpo):
@@ -54,6 +54,25 @@ def test_help_groups_the_verbs_and_cuts_no_sentence(orpo):
     assert re.findall(r"^([A-Z].*):$", out, re.MULTILINE) == ["Options", "Start", "Train", "Judge and use", "Around it"]
     assert "..." not in out.split("Start:")[1]
     assert re.search(r"^Train:\n(  .*\n)*  train ", out, re.MULTILINE)
+
+
+def test_init_lists_writes_and_converts(orpo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = orpo("init")
+    assert (code, err) == (0, "")
+    assert out.startswith("demo\n    The recipe of `orpo demo`")
+    assert orpo("init", "phi-2-hh") == (0, "recipe.yaml\n", "")
+    code, out, err = orpo("init", "phi-2-hh")
+    assert (code, out) == (2, "")
+    assert err == "error: recipe.yaml exists\nhint: --overwrite replaces it, -o names another file\n"
+    assert orpo("init", "phi-2-hh", "--overwrite")[0] == 0
+    (tmp_path / "theirs.yaml").write_text("base_model: a/B\nrl: orpo\ndatasets: [{path: x/y}]\nzzz: 1\n")
+    code, out, err = orpo("init", "--from", "theirs.yaml", "-o", "ours.yaml")
+    assert (code, out) == (0, "ours.yaml\n")
+    assert "theirs.yaml:4: zzz: no key of ours, and unknown here\n" in err
+    code, out, err = orpo("init", "phi-2-hh", "--from", "theirs.yaml")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: a starter recipe and --from were both given\n")
 
 
 def test_the_schema_is_json_for_editors_or_a_page(orpo):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from orpo_cli.demo import RECIPES
+from orpo_cli.init import RECIPES
 from orpo_cli.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]

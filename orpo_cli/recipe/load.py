@@ -55,7 +55,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _read_draft(path: Path) -> _Draft:
-    text = _read_text(path)
+    text = read_text(path)
     try:
         tree = strict_yaml.parse(text)
     except YamlFault as fault:
@@ -79,7 +79,8 @@ def _read_draft(path: Path) -> _Draft:
     return draft
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a recipe file; RecipeError where there is none that could be one."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
