@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -88,6 +89,53 @@ def demo(
     from orpo_cli.demo import demo as run_demo
 
     run_demo(directory, overwrite=overwrite)
+
+
+@app.command(rich_help_panel=START)
+def data(
+    recipe: RecipeFile,
+    set_: Set = None,
+    output_dir: OutputDir = None,
+    pairs: Annotated[int, typer.Option(min=0, metavar="N", help="Show so many pairs, token by token.")] = 2,
+    row: Annotated[
+        list[int] | None, typer.Option(metavar="INDEX", help="Only the pair at this row; may be given repeatedly.")
+    ] = None,
+    held_out: Annotated[bool, typer.Option("--held-out", help="Pairs of the held-out set instead.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: every pair as an object, one a line.")] = False,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="No pairs; with --json, the figures as an object.")
+    ] = False,
+) -> None:
+    """Inspect the preference data: what is kept, what is dropped and why, how long it is, what may be wrong with it."""
+    from orpo_cli.recipe import load_recipe
+
+    resolved = load_recipe(recipe, _overrides(set_, output_dir))
+    from orpo_cli import inspect
+    from orpo_cli.files import to_json, to_json_lines
+    from orpo_cli.report import findings, terminal
+
+    opened = inspect.open_data(resolved)
+    chosen = opened.held_out if held_out else opened.training
+    if chosen is None:
+        raise InputError("--held-out: the recipe has no held-out data", "set data.eval")
+    shown = (inspect.pair_at(chosen, index) for index in row) if row else inspect.kept_pairs(chosen)
+    if as_json and not summary:
+        for pair in shown:
+            typer.echo(to_json_lines([inspect.pair_object(pair)]), nl=False)
+        return
+    if not row:
+        figures = inspect.summarise(opened)
+        if as_json:
+            typer.echo(to_json(figures), nl=False)
+        else:
+            findings.show(figures)
+        for warning in figures["warnings"]:
+            terminal.warn(warning)
+    if not summary:
+        for pair in islice(shown, None if row else pairs):
+            findings.show_pair(
+                chosen.reader.where(pair.index), inspect.pair_pieces(pair, opened.text, resolved.loss.nll_tokens)
+            )
 
 
 @app.command(rich_help_panel=TRAIN)

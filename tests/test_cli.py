@@ -255,6 +255,55 @@ def test_train_speaks_on_stderr_and_writes_the_run(orpo, tiny_recipe, tmp_path):
     assert "error: the training data has changed since" in err
 
 
+def test_data_shows_figures_and_pairs_on_stdout_and_warnings_on_stderr(orpo, tiny_recipe, tiny_pairs):
+    code, out, err = orpo("data", tiny_recipe(), "--pairs", "1", "--set", "data.max_length=70")
+    assert code == 0
+    assert "\ntraining: " in out
+    assert "\nheld-out: 8 pairs of 8 rows, 0 dropped\n" in out
+    assert out.count("\n  chosen: [context]") == out.count("\n  rejected: [context]") == 1
+    assert "[nll+or]11 is.</s>\n" in out
+    assert "\x1b" not in out
+    assert all(line.startswith("warning: ") for line in err.splitlines())
+    assert "truncate_prompt" in err
+
+
+def test_data_gives_programs_every_pair_or_the_figures(orpo, tiny_recipe, tiny_pairs):
+    recipe = tiny_recipe()
+    code, out, err = orpo("data", recipe, "--json")
+    pairs = [json.loads(line) for line in out.splitlines()]
+    assert (code, err, len(pairs)) == (0, "", 56)
+    assert all(list(pair) == ["index", "prompt_ids", "chosen_ids", "rejected_ids"] for pair in pairs)
+    code, held_out, _ = orpo("data", recipe, "--json", "--held-out")
+    everything = pairs + [json.loads(line) for line in held_out.splitlines()]
+    assert sorted(pair["index"] for pair in everything) == list(range(64))
+    rows = [json.loads(line) for line in tiny_pairs.read_text().splitlines()]
+    for pair in everything:
+        row = rows[pair["index"]]
+        before = f"User: {row['prompt']}\n\nAssistant: "
+        # The tiny tokenizer's tokens are bytes, here ASCII: BOS and the prompt, the answer and its end.
+        lengths = [len(pair[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")]
+        assert lengths == [len(before) + 1, len(row["chosen"]) + 1, len(row["rejected"]) + 1]
+    assert orpo("data", recipe, "--json", "--row", pairs[5]["index"])[1] == json.dumps(pairs[5]) + "\n"
+    code, out, _ = orpo("data", recipe, "--json", "--summary")
+    assert (code, json.loads(out)["train"]["pairs"]) == (0, 56)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "error"),
+    [
+        ({"eval": None}, ["--held-out"], "--held-out: the recipe has no held-out data"),
+        ({}, ["--row", "64"], "there is no row 64"),
+        ({}, ["--set", "data.max_length=3"], "holds no usable pair"),
+    ],
+)
+def test_data_that_is_not_there(orpo, tiny_recipe, changes, arguments, error):
+    code, out, err = orpo("data", tiny_recipe(data=changes), *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert error in err
+    assert "\nhint: " in err
+
+
 def test_eval_prints_json_and_nothing_else_on_stdout(orpo, tiny_run, tmp_path):
     code, out, err = orpo("eval", tiny_run, "--output", tmp_path / "figures.json", "--fail-under", "accuracy=0.5")
     assert code == 0

@@ -14,6 +14,7 @@ import typer
 from orpo_cli.cli import app
 from orpo_cli.data.dataset import DROP_REASONS
 from orpo_cli.data.formats import FORMATS, read_pair, recognise
+from orpo_cli.inspect import open_data, summarise
 from orpo_cli.recipe import load_recipe
 from orpo_cli.recipe.checks import NOT_YET
 from orpo_cli.recipe.schema import FILTER_OPERATORS, Recipe
@@ -136,6 +137,14 @@ def test_metrics_keys_are_those_of_a_run(tiny_run):
 def test_eval_keys_are_those_of_a_run(tiny_run):
     figures = json.loads((tiny_run / "eval.json").read_text())
     assert set(keys_of_tables(section(README, "eval.json"))) == {k for k in figures if not k.endswith("_ci95")}
+
+
+def test_keys_of_the_datas_figures_are_those_of_a_recipe(tiny_recipe):
+    table = section(DATA, "What `orpo data` counts")
+    figures = summarise(open_data(load_recipe(tiny_recipe())))
+    named = [name for row in re.findall(r"^\|(.*?)\|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
+    assert set(named) == set(figures["train"]) == set(figures["eval"])
+    assert set(figures) - {"model", "end_of_turn", "added_tokens"} <= set(re.findall(r"`(\w+)`", table.split("|")[0]))
 
 
 @pytest.mark.parametrize("block", fenced(README, "python"))

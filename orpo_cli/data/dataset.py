@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -78,10 +78,18 @@ def open_sources(
 class PairReader:
     """Reads the rows of some sources, one behind the other, as tokenised pairs."""
 
-    def __init__(self, sources: list[Source], section: DataSection, tokenise: PairTokenizer) -> None:
+    def __init__(
+        self,
+        sources: list[Source],
+        section: DataSection,
+        tokenise: PairTokenizer,
+        known: Mapping[int, TokenizedPair] | None = None,
+    ) -> None:
+        """`known` are pairs, by position, that need not be tokenised again."""
         self.sources = sources
         self.section = section
         self.tokenise = tokenise
+        self.known = known or {}
 
     @property
     def streamed(self) -> bool:
@@ -103,9 +111,10 @@ class PairReader:
     def _tokenised(
         self, rows: list[tuple[int, Pair | Drop]]
     ) -> Iterator[tuple[int, Pair | None, TokenizedPair | Drop]]:
-        tokenised = iter(self.tokenise.batch([(i, pair) for i, pair in rows if isinstance(pair, Pair)]))
+        unknown = [(i, pair) for i, pair in rows if isinstance(pair, Pair) and i not in self.known]
+        tokenised = iter(self.tokenise.batch(unknown))
         for index, pair in rows:
-            result = pair if isinstance(pair, Drop) else next(tokenised)
+            result = pair if isinstance(pair, Drop) else self.known.get(index) or next(tokenised)
             if isinstance(result, Drop) and result.reason == "malformed" and self.section.strict:
                 raise DataError(f"{self.where(index)}: {result.detail}", "correct the row, or set data.strict: false")
             yield index, pair if isinstance(pair, Pair) else None, result
@@ -342,7 +351,7 @@ def survey(
             if pairs.held is not None:
                 pairs.held[index] = result
             if holdout is not None and pair is not None:
-                prompts.setdefault(_prompt_key(pair), []).append(index)
+                prompts.setdefault(prompt_key(pair), []).append(index)
             if of_source == source.spec.max_pairs:
                 source.stop_row = rows - source.start
                 break
@@ -361,7 +370,8 @@ def _is_repeated(pair: TokenizedPair, seen: set[bytes]) -> bool:
     return False
 
 
-def _prompt_key(pair: Pair) -> bytes:
+def prompt_key(pair: Pair) -> bytes:
+    """A digest of a pair's prompt, its system turn included."""
     prompt = pair.prompt if isinstance(pair.prompt, str) else [[m.role, m.content] for m in pair.prompt]
     return hashlib.sha256(json.dumps([pair.system, prompt]).encode()).digest()
 

@@ -6,8 +6,10 @@ does.
 
 from __future__ import annotations
 
+import copy
 import json
 import secrets
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -137,6 +139,14 @@ class PairTokenizer:
             except Drop as drop:
                 results.append(drop)
         return results
+
+    def under(self, overlong: str, *, limited: bool = True) -> PairTokenizer:
+        """The same with another length policy, or with `limited=False` for pairs of any length."""
+        other = copy.copy(self)
+        other.overlong = overlong
+        if not limited:
+            other.max_length, other.max_prompt_length = sys.maxsize, None
+        return other
 
     # Text
 

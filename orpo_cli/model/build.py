@@ -33,6 +33,8 @@ class TextSide:
     """Whether BOS is put before a text that no template has written."""
     added_tokens: list[str]
     """Control tokens that the base's tokenizer did not have."""
+    brought_template: bool
+    """Whether the base's tokenizer has a chat template of its own."""
 
     @property
     def control_ids(self) -> list[int]:
@@ -72,6 +74,7 @@ def load_text_side(recipe: Recipe, saved_with: Path | None = None) -> TextSide:
     section = recipe.model
     source = section if saved_with is None else section.model_copy(update={"name_or_path": str(saved_with)})
     tokenizer = load_tokenizer(source)
+    brought_template = bool(tokenizer.chat_template)
     template = resolve_template(
         section.chat_template,
         tokenizer,
@@ -81,7 +84,7 @@ def load_text_side(recipe: Recipe, saved_with: Path | None = None) -> TextSide:
     )
     add_bos = recipe.data.add_bos
     starts_with_bos = adds_bos(tokenizer) if add_bos == "auto" else add_bos
-    return TextSide(tokenizer, template, starts_with_bos, fit_tokenizer(tokenizer, template))
+    return TextSide(tokenizer, template, starts_with_bos, fit_tokenizer(tokenizer, template), brought_template)
 
 
 def pair_tokenizer(recipe: Recipe, text: TextSide) -> PairTokenizer:

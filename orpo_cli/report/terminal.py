@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -93,24 +93,35 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def first_pair(pieces: Mapping[str, list[tuple[str, bool, bool]]]) -> None:
-    """Print both sides of a pair, token by token: `side -> (token, in the NLL, in the odds ratio)`.
+Pieces = Mapping[str, list[tuple[str, bool, bool]]]
+"""A pair, token by token: side -> (token, in the NLL, in the odds ratio)."""
+_PARTS = {
+    (True, True): ("nll+or", "green"),
+    (True, False): ("nll", "blue"),
+    (False, True): ("or", "magenta"),
+    (False, False): ("context", "dim"),
+}
 
-    On a terminal the parts are coloured; elsewhere runs of tokens are bracketed by their part.
-    """
+
+def first_pair(pieces: Pieces) -> None:
+    """Print both sides of a pair, token by token."""
     say("first pair, as the model sees it (odds ratio + NLL, NLL only, odds ratio only, context only):")
-    styles = {(True, True): "green", (True, False): "blue", (False, True): "magenta", (False, False): "dim"}
-    names = {(True, True): "nll+or", (True, False): "nll", (False, True): "or", (False, False): "context"}
+    for line in pair_lines(pieces):
+        say(line)
+
+
+def pair_lines(pieces: Pieces) -> Iterator[Text]:
+    """Each side of a pair as a line: runs of tokens bracketed by their part in the loss, and coloured by it."""
     for side, tokens in pieces.items():
         line = Text(f"  {side}: ")
-        before: tuple[bool, bool] | None = None
+        before = ""
         for token, in_nll, in_odds in tokens:
-            part = (in_nll, in_odds)
+            part, style = _PARTS[in_nll, in_odds]
             if part != before:
-                line.append(f"[{names[part]}]", style="bold")
+                line.append(f"[{part}]", style="bold")
                 before = part
-            line.append(visible(token), style=styles[part])
-        say(line)
+            line.append(visible(token), style=style)
+        yield line
 
 
 def visible(token: str) -> str:

@@ -18,14 +18,13 @@ from peft.utils import set_peft_model_state_dict
 from safetensors.torch import save_file
 
 from orpo_cli import __version__
-from orpo_cli.data.batches import nll_positions
 from orpo_cli.data.dataset import PairSet, load_pairs
 from orpo_cli.data.order import Position
-from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.errors import InputError, ModelError, RunError, is_out_of_memory
 from orpo_cli.evaluate import pair_lines, skipped, summarise
 from orpo_cli.files import to_json, to_json_lines, write_directory, write_file
 from orpo_cli.generate import answers
+from orpo_cli.inspect import pair_pieces
 from orpo_cli.malloc import keep_freed_memory
 from orpo_cli.merge import MEASURED_PAIRS, merge_trained, save_model
 from orpo_cli.model.build import (
@@ -203,22 +202,6 @@ def describe_data(train_set: PairSet, held_out: PairSet | None, text: TextSide, 
     if text.added_tokens:
         say(f"  tokens added to the vocabulary: {' '.join(text.added_tokens)}")
     first_pair(pair_pieces(train_set.first(), text, recipe.loss.nll_tokens))
-
-
-def pair_pieces(pair: TokenizedPair, text: TextSide, nll_tokens: str) -> dict[str, list[tuple[str, bool, bool]]]:
-    """Each side's tokens as (text, in the NLL, in the odds ratio)."""
-
-    def pieces(ids: list[int]) -> list[str]:
-        # What a token adds to the one before it: decoded alone, many a token would lose its leading blank.
-        decode = text.tokenizer.decode
-        return [decode(ids[max(0, i - 1) : i + 1]).removeprefix(decode(ids[i - 1 : i])) for i in range(len(ids))]
-
-    in_nll = set(nll_positions(pair, nll_tokens).tolist())
-    sides = {"chosen": (pair.chosen_ids, pair.chosen_start), "rejected": (pair.rejected_ids, pair.rejected_start)}
-    return {
-        side: [(piece, side == "chosen" and i in in_nll, i >= start) for i, piece in enumerate(pieces(ids.tolist()))]
-        for side, (ids, start) in sides.items()
-    }
 
 
 def describe_run(run: Run, built: Built, plan: Plan) -> None:
