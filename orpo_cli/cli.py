@@ -212,6 +212,30 @@ def merge(
     typer.echo(merge_target(target, output=output, base=base, dtype=dtype))
 
 
+@app.command(rich_help_panel=USE)
+def runs(
+    directories: Annotated[
+        list[Path] | None, typer.Argument(metavar="[DIR]...", help="Where to look, at any depth; else runs/.")
+    ] = None,
+    sort: Annotated[
+        str | None,
+        typer.Option(metavar="FIGURE", help="Best first: accuracy, log_odds_ratio, loss, ...; else by path."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list, for programs.")] = False,
+) -> None:
+    """The runs below a directory: what became of each, and its held-out figures."""
+    from orpo_cli import runs as overview
+    from orpo_cli.files import to_json
+
+    found = overview.list_runs(directories or [Path("runs")], sort)
+    if as_json:
+        typer.echo(to_json(found), nl=False)
+    elif found:
+        typer.echo(overview.table(found))
+    else:
+        typer.echo("no runs", err=True)
+
+
 @app.command(rich_help_panel=TOOLS)
 def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="A page for people instead, docs/recipe.md.")] = False,
@@ -220,6 +244,20 @@ def schema(
     from orpo_cli.recipe import reference
 
     typer.echo(reference.markdown() if markdown else json.dumps(reference.json_schema(), indent=2), nl=not markdown)
+
+
+@app.command(rich_help_panel=TOOLS)
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+) -> None:
+    """What this machine has for training, tried out, and how to get what is missing."""
+    from orpo_cli import doctor as examination
+    from orpo_cli.files import to_json
+
+    findings = list(examination.examine())
+    typer.echo(to_json(examination.as_json(findings)) if as_json else examination.report(findings), nl=not as_json)
+    if examination.fails(findings):
+        raise typer.Exit(RunError.exit_code)
 
 
 def main() -> None:

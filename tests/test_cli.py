@@ -46,7 +46,7 @@ def test_without_arguments_help_is_an_error(orpo):
 def test_help_goes_to_stdout(orpo, flag):
     code, out, err = orpo(flag)
     assert (code, err) == (0, "")
-    assert all(f"\n  {verb} " in out for verb in ("train", "eval", "merge", "demo", "init", "schema"))
+    assert all(f"\n  {verb} " in out for verb in ("train", "eval", "merge", "demo", "init", "runs", "doctor", "schema"))
 
 
 def test_help_groups_the_verbs_and_cuts_no_sentence(orpo):
@@ -73,6 +73,21 @@ def test_init_lists_writes_and_converts(orpo, tmp_path, monkeypatch):
     code, out, err = orpo("init", "phi-2-hh", "--from", "theirs.yaml")
     assert (code, out) == (2, "")
     assert err.startswith("error: a starter recipe and --from were both given\n")
+
+
+def test_runs_is_a_table_or_json(orpo, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = orpo("runs", tiny_run.parent)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1].split()[:3] == [str(tiny_run), "finished", "4"]
+    code, out, err = orpo("runs", tiny_run.parent, "--json", "--sort", "loss")
+    assert [run["run"] for run in json.loads(out)] == [str(tiny_run)]
+    code, out, err = orpo("runs")
+    assert (code, out) == (2, "")
+    assert err == "error: runs is no directory\nhint: name one that holds runs; without a name it is runs/\n"
+    (tmp_path / "runs").mkdir()
+    assert orpo("runs") == (0, "", "no runs\n")
+    assert orpo("runs", "--json") == (0, "[]\n", "")
 
 
 def test_the_schema_is_json_for_editors_or_a_page(orpo):

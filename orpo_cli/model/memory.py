@@ -323,14 +323,14 @@ def device_memory(device: torch.device) -> int:
     processes on the machine.
     """
     if device.type == "cpu":  # the reserve: Python and libraries, the data, whatever else runs
-        return int(0.8 * min(_memory_limits()) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) - GIB
+        return int(0.8 * min(memory_limits()) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) - GIB
     if device.type == "mps":
         return int(0.9 * torch.mps.recommended_max_memory())
     # The reserve: the driver's context, and what the allocator loses between blocks.
     return int(0.95 * torch.accelerator.get_memory_info(device)[1]) - GIB
 
 
-def _memory_limits() -> Iterator[int]:
+def memory_limits() -> Iterator[int]:
     """The machine's memory, and each limit that a control group (Linux) sets to this process."""
     yield os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:

@@ -272,7 +272,7 @@ def test_what_is_given_is_taken_as_it_is():
 
 
 def test_the_device_has_what_the_machine_or_a_limit_says(monkeypatch, tmp_path):
-    limits = [*memory._memory_limits()]
+    limits = [*memory.memory_limits()]
     assert device_memory(CPU) == int(0.8 * min(limits)) - GIB
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert device_memory(CPU) == int(0.4 * min(limits)) - GIB
@@ -283,7 +283,7 @@ def test_the_device_has_what_the_machine_or_a_limit_says(monkeypatch, tmp_path):
     (tmp_path / "cgroup").write_text("0::/run/job\n")
     paths = {"/proc/self/cgroup": tmp_path / "cgroup", "/sys/fs/cgroup": tmp_path}
     monkeypatch.setattr(memory, "Path", lambda path, *more: Path(paths[path], *more))
-    assert [*memory._memory_limits()] == [limits[0], 123456789]
+    assert [*memory.memory_limits()] == [limits[0], 123456789]
 
 
 def test_scoring_takes_more_tokens_at_once_where_they_fit(tiny_recipe, monkeypatch):
