@@ -11,7 +11,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check bench
+.PHONY: help demo test faults lint check bench
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,8 +24,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## Tiny base, pairs, ORPO, answers before and after (DIR=demo), some two minutes
 	$(BIN)/orpo demo $(DIR) --overwrite
 
-test: $(INSTALLED)  ## All tests
+test: $(INSTALLED)  ## All tests, the fault suite in its short form
 	$(BIN)/python -m pytest
+
+faults: $(INSTALLED)  ## Runs killed, stopped, damaged and out of disk at every turn, then resumed: some twenty minutes
+	$(BIN)/python -m pytest tests/faults -m faults -sv
 
 lint: $(INSTALLED)  ## Format, lint and types
 	$(BIN)/ruff format --check

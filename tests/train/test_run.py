@@ -25,29 +25,13 @@ from orpo_cli.model import memory
 from orpo_cli.model.build import build_for_training, load_text_side, pair_tokenizer
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import load_recipe
-from orpo_cli.report.metrics import comparable, read_metrics
 from orpo_cli.train import loop
 from orpo_cli.train.run import Start, train
-
-
-def rows(run: Path) -> list[dict]:
-    return [comparable(row) for row in read_metrics(run / "metrics.jsonl")]
+from tests.runs import rows, same_files
 
 
 def losses(run: Path) -> torch.Tensor:
     return torch.tensor([row["loss"] for row in rows(run) if "loss" in row])
-
-
-def same_files(one: Path, other: Path) -> None:
-    """Every file of both runs is equal to the byte, but for the output directory's name and the times."""
-    names = {p.relative_to(one) for p in one.rglob("*") if p.is_file()}
-    assert names == {p.relative_to(other) for p in other.rglob("*") if p.is_file()}
-    own = {Path("recipe.yaml"), Path("manifest.json"), Path("metrics.jsonl")}
-    for name in sorted(names - own):
-        if name.name in ("state.json", "MANIFEST.json"):  # these know the length of metrics.jsonl
-            continue
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    assert rows(one) == rows(other)
 
 
 def orpo(*arguments: str | Path, **environment: str) -> subprocess.Popen:

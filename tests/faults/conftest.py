@@ -1,0 +1,19 @@
+"""One server for all fault tests, and at the end what was done how often."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults.harness import Runs, tally
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("faults"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if tally:
+        terminalreporter.section("faults")
+        for what, times in sorted(tally.items()):
+            terminalreporter.line(f"{times:5}  {what}")

@@ -1,0 +1,98 @@
+"""A full disk, at whatever write: exit code 1 and an explanation; with room again the run goes on to the same end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import Fault, Runs, Started, is_sound, tally
+
+# Of the disk, in KiB; the tiny runs need some 700 in all.
+SIZES = [16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768]
+
+
+def explained(started: Started) -> None:
+    """The run failed and said why."""
+    assert started.wait() == 1, started.output()
+    assert "error:" in started.output()
+    assert "No space left on device" in started.output()
+    assert "Traceback" not in started.output()
+
+
+def full_at_each_call(runs: Runs, kind: str, directory: Path, every: int = 1) -> None:
+    """Fill the disk at each change that the last steps make to a file, or each `every`-th, and resume with room."""
+    if runs.why_no_shim:
+        pytest.skip(runs.why_no_shim)
+    run, record = directory / "run", directory / "record"
+    recipe = runs.recipe(kind, run)
+
+    def start(call: int) -> Started:
+        shutil.copytree(runs.last_steps(kind), run)
+        return runs.start(recipe, "--resume", fault=Fault(run, record, call=call, full=True, mechanism="libc"))
+
+    undisturbed = start(0)
+    assert undisturbed.wait() == 0
+    changes = [line.split()[0] for line in record.read_text().splitlines()]
+    takes_room = [i for i, name in enumerate(changes, 1) if name not in ("unlink", "unlinkat", "rmdir")]
+    for call in takes_room[::every]:
+        shutil.rmtree(run)
+        explained(start(call))
+        is_sound(run)
+        runs.finish(recipe, "--resume")
+        runs.reference(kind).equals(run)
+        tally[f"full disks at a {changes[call - 1]}"] += 1
+
+
+def test_a_full_disk_at_some_calls(runs, tmp_path):
+    full_at_each_call(runs, "file-lora", tmp_path, every=50)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", ["file-lora", "stream-full"])
+def test_a_full_disk_at_each_call(runs, kind, tmp_path):
+    full_at_each_call(runs, kind, tmp_path)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own, in memory."""
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        pytest.skip("only root on Linux may mount a file system")
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", place], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no file system can be mounted: {made.stderr}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def resize(disk: Path, kib: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={kib}k", disk], check=True)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", ["file-lora", "file-full"])
+def test_a_real_disk_that_fills_up(runs, kind, disk):
+    """Of every size up to what a run needs: with a little more each time it fills up at another moment."""
+    failed = 0
+    for kib in SIZES:
+        resize(disk, kib)
+        run = disk / "run"
+        recipe = runs.recipe(kind, run)
+        started = runs.start(recipe)
+        if started.wait() != 0:
+            explained(started)
+            is_sound(run)
+            resize(disk, 65536)
+            runs.finish(recipe, "--resume")
+            failed += 1
+        runs.reference(kind).equals(run)
+        shutil.rmtree(run)
+    tally[f"small file systems that filled up, {kind}"] += failed
+    assert failed > len(SIZES) / 2

@@ -1,0 +1,60 @@
+"""Comparing two runs' directories: what must be equal to the byte, and what may differ."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orpo_cli.report.metrics import comparable, read_metrics
+
+
+def rows(run: Path) -> list[dict]:
+    """The run's metrics without times and memory."""
+    return [comparable(row) for row in read_metrics(run / "metrics.jsonl")]
+
+
+def same_files(one: Path, other: Path) -> None:
+    """The same files are in both runs and equal to the byte, but for the output directory's name and the times."""
+    names, others = ({p.relative_to(run) for p in run.rglob("*") if p.is_file()} for run in (one, other))
+    assert names == others, sorted(map(str, names ^ others))
+    for name in sorted(names):
+        if name.name in _READ:
+            assert _READ[name.name](one / name) == _READ[name.name](other / name), name
+        else:
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _recipe(path: Path) -> Any:
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    del recipe["output"]["dir"]
+    return recipe
+
+
+def _data(path: Path) -> Any:
+    return _json(path)["data"]
+
+
+def _state(path: Path) -> Any:
+    """All but the length of metrics.jsonl, in which times have more digits or fewer."""
+    return {key: value for key, value in _json(path).items() if key != "metrics_length"}
+
+
+def _manifest(path: Path) -> Any:
+    files = _json(path)["files"]
+    return {name: entry for name, entry in files.items() if name != "state.json"}
+
+
+_READ = {
+    "recipe.yaml": _recipe,
+    "manifest.json": _data,
+    "metrics.jsonl": lambda path: rows(path.parent),
+    "state.json": _state,
+    "MANIFEST.json": _manifest,
+}
