@@ -213,6 +213,41 @@ def merge(
 
 
 @app.command(rich_help_panel=USE)
+def generate(
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, an adapter, or a model.")],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A prompt; may be given repeatedly. Else each line of stdin is one."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The base, if not the one the adapter names.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="The longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, metavar="T", help="Above 0: draw tokens; 0: the likeliest.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of what is drawn.")] = 42,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object an answer, for programs.")] = False,
+) -> None:
+    """Answers, rendered as in training; a chat on a terminal."""
+    from orpo_cli.files import to_json_lines
+    from orpo_cli.generate import Sampling, load_speaker, typed_lines
+
+    speaker = load_speaker(target, base=base, sampling=Sampling(max_new_tokens, temperature), seed=seed)
+
+    def show(piece: str) -> None:
+        typer.echo(piece, nl=False)
+
+    if prompt is None and sys.stdin.isatty():
+        for _ in speaker.chat(typed_lines(), show):
+            typer.echo()
+        return
+    for text in prompt or (line.rstrip("\n") for line in sys.stdin if line.strip()):
+        answer, ended = speaker.answer(text, None if as_json else show)
+        typer.echo(
+            to_json_lines([{"prompt": text, "answer": answer, "ended": ended}]) if as_json else "", nl=not as_json
+        )
+
+
+@app.command(rich_help_panel=USE)
 def runs(
     directories: Annotated[
         list[Path] | None, typer.Argument(metavar="[DIR]...", help="Where to look, at any depth; else runs/.")

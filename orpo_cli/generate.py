@@ -1,44 +1,190 @@
-"""Answers by stock greedy generation, as whoever uses the model will get them."""
+"""`orpo generate`: answers by stock generation, as whoever uses the model will get them, one by one or in a chat."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from accelerate import PartialState
+from transformers import PreTrainedModel, TextStreamer
 
 from orpo_cli.data.formats import Message
 from orpo_cli.data.templates import render
-from orpo_cli.model.build import TextSide
+from orpo_cli.errors import InputError
+from orpo_cli.malloc import keep_freed_memory
+from orpo_cli.model.build import TextSide, build_for_scoring, context_tokens, load_text_side, stop_ids
 from orpo_cli.model.logprobs import inference, stock_attention
+from orpo_cli.run import find_subject
+
+NEW_DIALOGUE = "/new"
+"""What begins a new dialogue in a chat."""
 
 
-def prompt_ids(text: TextSide, prompt: str) -> list[int]:
+def prompt_ids(text: TextSide, prompt: str, system: str | None = None) -> list[int]:
     """Token ids of a prompt as in training: one user turn under the template, or as it is under `none`."""
     if text.template.source is None:
         ids = text.tokenizer(prompt, add_special_tokens=False).input_ids
         return [text.tokenizer.bos_token_id, *ids] if text.starts_with_bos else ids
-    rendered = render(text.tokenizer, text.template, [Message("user", prompt)], add_generation_prompt=True)
+    return dialogue_ids(text, [*([Message("system", system)] if system else []), Message("user", prompt)])
+
+
+def dialogue_ids(text: TextSide, dialogue: Sequence[Message]) -> list[int]:
+    """Token ids of a dialogue whose next turn is the assistant's, as in training; for a template that has turns."""
+    rendered = render(text.tokenizer, text.template, dialogue, add_generation_prompt=True)
     return text.tokenizer(rendered, add_special_tokens=False).input_ids
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How long an answer may be, and how it is drawn: temperature 0 takes the likeliest token each time."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+
+
+def answer_to(
+    model: PreTrainedModel,
+    text: TextSide,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    show: Callable[[str], None] | None = None,
+) -> tuple[str, bool]:
+    """The model's answer to the token ids of a prompt, and whether it ended its turn by itself.
+
+    `show` is given the answer's text piece by piece while it is made. Random numbers come from torch's random state.
+    """
+    ids = torch.tensor([prompt], device=model.device)
+    settings: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:  # of the whole vocabulary, whatever the base's generation config would cut off
+        settings = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+    with inference(model), stock_attention(model), torch.no_grad():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=stop_ids(model, text),
+            pad_token_id=text.tokenizer.pad_token_id,
+            use_cache=True,
+            streamer=_Pieces(text.tokenizer, show) if show else None,
+            **settings,
+        )[0, ids.shape[1] :]
+    ended = bool(torch.isin(out, torch.tensor(stop_ids(model, text), device=out.device)).any())
+    return text.tokenizer.decode(out, skip_special_tokens=True).strip(), ended
+
+
+class _Pieces(TextStreamer):
+    """Hands text on as soon as no later token can change it, without the blanks before the first word."""
+
+    def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.show = show
+        self.begun = False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = text if self.begun else text.lstrip()
+        if text:
+            self.begun = True
+            self.show(text)
+
+
 def answers(
-    model: PreTrainedModel, text: TextSide, prompts: Sequence[str], max_new_tokens: int = 128
+    model: PreTrainedModel,
+    text: TextSide,
+    prompts: Sequence[str],
+    max_new_tokens: int = 128,
+    *,
+    system: str | None = None,
 ) -> list[tuple[str, bool]]:
     """The model's greedy answer to each prompt, and whether it ended its turn by itself."""
-    found = []
-    with inference(model), stock_attention(model), torch.no_grad():
-        for prompt in prompts:
-            ids = torch.tensor([prompt_ids(text, prompt)], device=model.device)
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=text.stop_id,
-                pad_token_id=text.tokenizer.pad_token_id,
-                use_cache=True,
-            )[0, ids.shape[1] :]
-            ended = bool((out == text.stop_id).any())
-            found.append((text.tokenizer.decode(out, skip_special_tokens=True).strip(), ended))
-    return found
+    sampling = Sampling(max_new_tokens)
+    return [answer_to(model, text, prompt_ids(text, prompt, system), sampling) for prompt in prompts]
+
+
+# ---- the verb ----
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model that answers as its recipe renders prompts."""
+
+    model: PreTrainedModel
+    text: TextSide
+    system: str | None
+    """The system turn of the training data, if the recipe has one."""
+    context: int | None
+    sampling: Sampling
+
+    def answer(self, prompt: str, show: Callable[[str], None] | None = None) -> tuple[str, bool]:
+        """The answer to a prompt that stands by itself, and whether it is whole."""
+        return self._answer(prompt_ids(self.text, prompt, self.system), show)
+
+    def chat(self, said: Iterable[str], show: Callable[[str], None]) -> Iterator[str]:
+        """Answer each line in the dialogue of all lines before it; `/new` begins another one.
+
+        Under the template `none` there are no turns, so that each line stands by itself.
+        """
+        start = [Message("system", self.system)] if self.system else []
+        dialogue = list(start)
+        for line in said:
+            if line == NEW_DIALOGUE:
+                dialogue = list(start)
+                continue
+            if self.text.template.source is None:
+                yield self.answer(line, show)[0]
+                continue
+            dialogue.append(Message("user", line))
+            answer, _ = self._answer(dialogue_ids(self.text, dialogue), show)
+            dialogue.append(Message("assistant", answer))
+            yield answer
+
+    def _answer(self, ids: Sequence[int], show: Callable[[str], None] | None) -> tuple[str, bool]:
+        sampling = self.sampling
+        if self.context is not None:
+            room = self.context - len(ids)
+            if room < 1:
+                raise InputError(
+                    f"the prompt has {len(ids):,} tokens, and the model's context is {self.context:,}",
+                    f"shorten it; in a chat {NEW_DIALOGUE} begins a new dialogue",
+                )
+            sampling = Sampling(min(sampling.max_new_tokens, room), sampling.temperature)
+        return answer_to(self.model, self.text, ids, sampling, show)
+
+
+def load_speaker(target: str, *, base: str | None, sampling: Sampling, seed: int) -> Speaker:
+    """What `target` names, a run, an adapter or a model, ready to answer; `base` is another base for an adapter.
+
+    Raises InputError kinds where something is missing.
+    """
+    subject = find_subject(target, None, None, scores=False)
+    if base is not None and subject.adapter is None:
+        raise InputError(f"{target} has no adapter to put into {base}", "leave --base out")
+    changes = {"name_or_path": base, "revision": "main"} if base else {}
+    section = subject.recipe.model.model_copy(update=changes)
+    recipe, device = subject.recipe.model_copy(update={"model": section}), PartialState().device
+    if device.type == "cpu":
+        keep_freed_memory()
+    text = load_text_side(recipe, subject.tokenizer)
+    built = build_for_scoring(section, text, device, adapter=subject.adapter)
+    torch.manual_seed(seed)
+    return Speaker(built.base, text, recipe.data.system, context_tokens(section), sampling)
+
+
+def typed_lines() -> Iterator[str]:
+    """What is typed on a terminal, line by line, until its end (Ctrl-D); blank lines are passed over."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 - editing and history for input()
+    prompt = "> "
+    while True:
+        if not sys.stdout.isatty():  # input() would write it there
+            print(prompt, end="", file=sys.stderr, flush=True)
+        try:
+            line = input(prompt if sys.stdout.isatty() else "")
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        if line.strip():
+            yield line

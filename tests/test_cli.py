@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
+import pty
 import re
 import shutil
 import subprocess
@@ -46,7 +48,10 @@ def test_without_arguments_help_is_an_error(orpo):
 def test_help_goes_to_stdout(orpo, flag):
     code, out, err = orpo(flag)
     assert (code, err) == (0, "")
-    assert all(f"\n  {verb} " in out for verb in ("train", "eval", "merge", "demo", "init", "runs", "doctor", "schema"))
+    assert all(
+        f"\n  {verb} " in out
+        for verb in ("train", "eval", "merge", "demo", "init", "generate", "runs", "doctor", "schema")
+    )
 
 
 def test_help_groups_the_verbs_and_cuts_no_sentence(orpo):
@@ -365,6 +370,40 @@ def test_a_target_that_is_not_there(orpo, tmp_path, arguments):
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert "\nhint: " in err
+
+
+def test_generate_answers_prompts_and_lines(orpo, tiny_run, monkeypatch):
+    code, out, err = orpo("generate", tiny_run, "--prompt", "a", "--prompt", "b", "--max-new-tokens", 5, "--json")
+    assert code == 0
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["a", "b"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\n\nb\n"))
+    assert orpo("generate", tiny_run, "--max-new-tokens", 5, "--json")[1] == out
+    code, streamed, err = orpo("generate", tiny_run, "--prompt", "a", "--max-new-tokens", 5)
+    assert (code, streamed.strip()) == (0, rows[0]["answer"])
+    assert streamed.endswith("\n")
+    code, out, err = orpo("generate", "nowhere/at-all", "--prompt", "a")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+
+
+def test_generate_is_a_chat_on_a_terminal(tiny_run):
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "orpo_cli", "generate", str(tiny_run), "--max-new-tokens", "5"],
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        os.write(ours, b"one\ntwo\n\x04")
+        out, err = process.communicate(timeout=120)
+    os.close(ours)
+    os.close(theirs)
+    assert process.returncode == 0, err
+    assert err.count("> ") == 3
+    assert out.endswith("\n")
+    assert len(out) > 2
 
 
 def test_merge_says_where_on_stdout(orpo, tiny_run, tmp_path):

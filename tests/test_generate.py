@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orpo_cli.data.formats import Pair
-from orpo_cli.generate import answers, prompt_ids
+from orpo_cli.data.formats import Message, Pair
+from orpo_cli.errors import InputError
+from orpo_cli.generate import Sampling, Speaker, answer_to, answers, dialogue_ids, load_speaker, prompt_ids
 from orpo_cli.model.build import build_for_scoring, load_text_side, pair_tokenizer
 from orpo_cli.recipe import load_recipe
 
@@ -29,6 +30,19 @@ def test_a_prompt_is_what_stands_before_the_answer_in_training(tiny_recipe, temp
         # After `plain`'s "Assistant:" the model writes the blank itself: in most vocabularies it begins the next word.
         blank = text.tokenizer(" ", add_special_tokens=False).input_ids if template == "plain" else []
         assert prompt_ids(text, prompt) + blank == before
+
+
+@pytest.mark.parametrize("template", ["plain", "chatml", "llama3"])
+def test_a_dialogue_and_a_system_turn_are_what_they_are_in_training(tiny_recipe, template):
+    recipe = load_recipe(tiny_recipe(model={"chat_template": template}, data={"max_length": 1024}))
+    text = load_text_side(recipe)
+    tokenise = pair_tokenizer(recipe, text)
+    blank = text.tokenizer(" ", add_special_tokens=False).input_ids if template == "plain" else []
+    turns = (Message("system", "Be brief."), Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
+    pair = tokenise(Pair(turns, "yes", "no"), 0)
+    assert dialogue_ids(text, turns) + blank == pair.chosen_ids[: pair.chosen_start].tolist()
+    pair = tokenise(Pair("a", "yes", "no", system="Be brief."), 0)
+    assert prompt_ids(text, "a", "Be brief.") + blank == pair.chosen_ids[: pair.chosen_start].tolist()
 
 
 def test_answers_are_greedy_and_end_with_the_turn(tiny_recipe, tiny_base):
@@ -57,3 +71,72 @@ def test_answering_leaves_the_engine_and_the_model_as_they_were(tiny_recipe):
     answers(built.base, text, ["x"], max_new_tokens=2)
     assert built.base.training
     assert built.base.config._attn_implementation == before
+
+
+# ---- orpo generate
+
+
+@pytest.fixture(scope="module")
+def speaker(tiny_run) -> Speaker:
+    return load_speaker(str(tiny_run), base=None, sampling=Sampling(12), seed=0)
+
+
+def test_pieces_are_the_answer(speaker):
+    for prompt in PROMPTS:
+        pieces: list[str] = []
+        answer, _ = speaker.answer(prompt, pieces.append)
+        assert "".join(pieces).strip() == answer
+        assert not "".join(pieces)[:1].isspace()
+
+
+def test_a_run_answers_as_peft_does(speaker, tiny_run, tiny_base):
+    from peft import PeftModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_run / "adapter")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tiny_run / "adapter").eval()
+    for prompt in PROMPTS:
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        out = model.generate(**ids, max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+        answer = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        assert speaker.answer(prompt)[0] == answer
+
+
+def test_what_is_drawn_depends_on_seed_and_temperature(speaker):
+    def drawn(seed: int, temperature: float) -> str:
+        torch.manual_seed(seed)
+        ids = prompt_ids(speaker.text, "x")
+        return answer_to(speaker.model, speaker.text, ids, Sampling(12, temperature))[0]
+
+    assert drawn(1, 1.0) == drawn(1, 1.0)
+    assert len({drawn(seed, 1.0) for seed in range(4)}) > 1
+    assert drawn(1, 1e-4) == drawn(2, 1e-4) == drawn(1, 0)
+
+
+def test_a_chat_remembers_until_a_new_dialogue_begins(speaker):
+    def ignore(_: str) -> None:
+        pass
+
+    first, second, again = speaker.chat(["one", "two", "/new", "one"], ignore)
+    assert first == again == speaker.answer("one")[0]
+    turns = [Message("user", "one"), Message("assistant", first), Message("user", "two")]
+    assert second == answer_to(speaker.model, speaker.text, dialogue_ids(speaker.text, turns), speaker.sampling)[0]
+
+
+def test_the_base_before_training_by_its_name(tiny_run, tiny_base, speaker):
+    bare = load_speaker(str(tiny_base), base=None, sampling=Sampling(12), seed=0)
+    other = load_speaker(str(tiny_run / "adapter"), base=str(tiny_base), sampling=Sampling(12), seed=0)
+    assert [other.answer(p) for p in PROMPTS] == [speaker.answer(p) for p in PROMPTS]
+    assert [bare.answer(p) for p in PROMPTS] != [speaker.answer(p) for p in PROMPTS]
+    with pytest.raises(InputError, match="has no adapter to put into"):
+        load_speaker(str(tiny_base), base=str(tiny_base), sampling=Sampling(), seed=0)
+
+
+def test_a_context_is_not_left(speaker):
+    assert speaker.context == 128
+    long = Speaker(speaker.model, speaker.text, None, speaker.context, Sampling(1000))
+    room = 128 - len(prompt_ids(speaker.text, "x" * 80))
+    assert 0 < len(long.answer("x" * 80)[0]) <= room  # a token is a byte
+    with pytest.raises(InputError, match="and the model's context is 128"):
+        long.answer("x" * 128)

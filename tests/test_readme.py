@@ -64,7 +64,9 @@ def test_every_recipe_loads(page, recipe, tmp_path):
 COMMANDS = [line for _, block in documented("sh") for line in block.splitlines()]
 # `orpo ...`, or the same by a launcher of processes.
 ORPO_LINES = [
-    re.sub(r"^.* -m orpo_cli ", "orpo ", line) for line in COMMANDS if re.search(r"^orpo | -m orpo_cli ", line)
+    re.sub(r" < \S+", "", re.sub(r"^.* -m orpo_cli ", "orpo ", line))
+    for line in COMMANDS
+    if re.search(r"^orpo | -m orpo_cli ", line)
 ]
 
 

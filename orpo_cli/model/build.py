@@ -184,15 +184,20 @@ def rows_to_train(section: LoraSection, text: TextSide, fresh: FreshRows) -> lis
     return sorted({*fresh.untrained, *fresh.added, *(vocabulary[token] for token in section.trainable_tokens)})
 
 
+def stop_ids(model: PreTrainedModel, text: TextSide) -> list[int]:
+    """Ids of the tokens that stop generation: the end of a turn first, then those that the base had."""
+    generation = model.generation_config or GenerationConfig()
+    before = generation.eos_token_id if generation.eos_token_id is not None else model.config.eos_token_id
+    others = before if isinstance(before, list) else [] if before is None else [before]
+    return list(dict.fromkeys([text.stop_id, *others]))
+
+
 def set_stop_tokens(model: PreTrainedModel, text: TextSide) -> None:
     """Write EOS, pad and stop ids into the model's configurations, so that stock generation ends a turn by itself.
 
     Stop ids that the base had stay: another end of text still stops.
     """
-    generation = model.generation_config or GenerationConfig()
-    before = generation.eos_token_id if generation.eos_token_id is not None else model.config.eos_token_id
-    others = before if isinstance(before, list) else [] if before is None else [before]
-    stops = list(dict.fromkeys([text.stop_id, *others]))
+    stops, generation = stop_ids(model, text), model.generation_config or GenerationConfig()
     generation.eos_token_id = stops if len(stops) > 1 else stops[0]
     generation.pad_token_id = text.tokenizer.pad_token_id
     generation.bos_token_id = text.tokenizer.bos_token_id

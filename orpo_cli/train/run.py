@@ -121,7 +121,7 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
         samples=MetricsFile(run.samples, progress.samples_length)
         if processes.is_main and recipe.train.sample_prompts
         else None,
-        answer=lambda prompts: answers(built.base, text, prompts),
+        answer=lambda prompts: answers(built.base, text, prompts, system=recipe.data.system),
         save=lambda: save(run, recipe, built, optimizer, progress) if processes.is_main else None,
     )
     describe_run(loop, built, plan)
