@@ -145,6 +145,9 @@ def train(
     output_dir: OutputDir = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest sound checkpoint, if any.")] = False,
     resume_from: Annotated[Path | None, typer.Option(metavar="PATH", help="Go on from this checkpoint.")] = None,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Go on although something differs that may change the result.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that the directory holds.")] = False,
 ) -> None:
     """Train, save adapters and merged weights, evaluate on the held-out set."""
@@ -157,7 +160,13 @@ def train(
 
     run.train(
         resolved,
-        run.Start(resume=resume, resume_from=resume_from, overwrite=overwrite, command=tuple(sys.argv)),
+        run.Start(
+            resume=resume,
+            resume_from=resume_from,
+            allow_changes=allow_changes,
+            overwrite=overwrite,
+            command=tuple(sys.argv),
+        ),
     )
 
 

@@ -18,7 +18,7 @@ from orpo_cli.data.dataset import load_held_out, load_pairs
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.errors import DataError, InputError
 from orpo_cli.evaluate import Scores, score_pairs
-from orpo_cli.files import to_json, write_directory, write_file
+from orpo_cli.files import require_space, to_json, write_directory, write_file
 from orpo_cli.model.build import (
     Built,
     TextSide,
@@ -30,7 +30,7 @@ from orpo_cli.model.build import (
 from orpo_cli.model.load import load_config
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import ModelSection, Recipe
-from orpo_cli.run import RunDirectory, find_subject, read_manifest
+from orpo_cli.run import LOCK, RunDirectory, Subject, find_subject, held, read_manifest
 
 # Pairs on which the weights merged from a quantised run are compared with what was trained, on the CPU.
 MEASURED_PAIRS = 4
@@ -96,6 +96,12 @@ def merge_trained(
     return gap
 
 
+def merged_bytes(model: PreTrainedModel) -> int:
+    """What the weights of a model take on disk, its adapters merged and in its compute dtype."""
+    adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    return (model.num_parameters() - adapters) * model.dtype.itemsize  # a 4-bit weight counts as what it stands for
+
+
 def save_model(model: PreTrainedModel, text: TextSide, section: ModelSection, directory: Path) -> None:
     """Write config.json, model*.safetensors, generation_config.json and the tokenizer into `directory`.
 
@@ -130,23 +136,41 @@ def merge_target(target: str, *, output: Path | None, base: str | None, dtype: s
     directory = output or (path / "merged" if (path / "recipe.yaml").exists() else path.with_name("merged"))
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} is not empty", "name another --output")
+    with held(lock_of(directory), directory):
+        merge_into(directory, recipe, subject)
+    return directory
+
+
+def lock_of(directory: Path) -> Path:
+    """The lock that a merged model's directory is written under: its run's, or one of its own beside it."""
+    run = RunDirectory(directory.parent)
+    return (
+        run.path / LOCK
+        if run.recipe.is_file() and directory == run.merged
+        else directory.with_name(f".{directory.name}.lock")
+    )
+
+
+def merge_into(directory: Path, recipe: Recipe, subject: Subject) -> None:
+    """Merge the adapter of `subject` into its base, as the recipe says, and write the whole to `directory`."""
+    section, adapter = recipe.model, subject.adapter
+    assert adapter is not None
     text = load_text_side(recipe, subject.tokenizer)
     quantised = section.load_in_4bit or section.load_in_8bit
     device = PartialState().device if quantised else torch.device("cpu")
-    built = build_for_scoring(section, text, device, adapter=subject.adapter)
+    built = build_for_scoring(section, text, device, adapter=adapter)
+    require_space(directory, merged_bytes(built.base), "the merged model")
     pairs = some_pairs(recipe, text) if quantised else []
     gaps: list[dict[str, Any]] = []
-    adapter = subject.adapter
     write_directory(
         directory,
         lambda unfinished: gaps.append(
             merge_trained(built, text, section, adapter, unfinished, pairs, 2 * recipe.data.max_length)
         ),
     )
-    run = RunDirectory(path)
+    run = RunDirectory(directory.parent)
     if gaps[0] and directory == run.merged and run.manifest.exists():
         write_file(run.manifest, to_json({**read_manifest(run), "merge": gaps[0]}))
-    return directory
 
 
 def some_pairs(recipe: Recipe, text: TextSide) -> list[TokenizedPair]:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import json
-import shutil
+import os
+import platform
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orpo_cli.errors import InputError
+from orpo_cli.files import make_directory, recover_all, remove
 from orpo_cli.recipe import Recipe, SourceSpec, load_recipe
+from orpo_cli.report.terminal import warn
 
 # What a run writes, and --overwrite removes; anything else in the directory is the user's and stays.
 FILES = (
@@ -23,6 +31,8 @@ FILES = (
     "report.html",
 )
 DIRECTORIES = ("checkpoints", "adapter", "merged")
+# Who writes here; gone when nobody does, unless it was killed.
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -80,29 +90,70 @@ class RunDirectory:
         """Whether a run was started here."""
         return any((self.path / name).exists() for name in (*FILES, *DIRECTORIES))
 
-    def claim(self, *, resume: bool, overwrite: bool) -> None:
-        """Make sure that a run may be written here; raise InputError if one is, and no option says what to do with it.
+    @contextmanager
+    def claimed(self, *, resume: bool, overwrite: bool) -> Iterator[None]:
+        """Hold the directory for a run that nothing else may write into; what a kill left half done in it is mended.
 
-        Nothing is deleted yet: `clear` does that once all else is known to be right.
+        Nothing is deleted yet: `clear` does that once all else is known to be right. Raises InputError for a directory
+        that cannot be written, that another process holds, or that has a run and no option says what to do with it.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file", "name another directory with --output-dir")
-        if self.holds_run() and not (resume or overwrite):
-            raise InputError(
-                f"{self.path} already holds a run",
-                "--resume goes on with it, --overwrite starts anew, --output-dir names another directory",
-            )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{self.path} cannot be made: {error.strerror}", "name another --output-dir") from error
+        with held(self.path / LOCK, self.path):
+            if self.holds_run() and not (resume or overwrite):
+                raise InputError(
+                    f"{self.path} already holds a run",
+                    "--resume goes on with it, --overwrite starts anew, --output-dir names another directory",
+                )
+            recover_all(self.path, (*FILES, *DIRECTORIES).__contains__)
+            yield
 
     def clear(self) -> None:
         """Remove the run that is here, and nothing else."""
-        for name in FILES:
-            (self.path / name).unlink(missing_ok=True)
-        for name in DIRECTORIES:
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in (*DIRECTORIES, *FILES):  # without checkpoints, what a kill leaves of it cannot be gone on with
+            remove(self.path / name)
+
+
+@contextmanager
+def held(lock: Path, what: Path) -> Iterator[None]:
+    """Let no other process write `what` meanwhile, by a lock that the kernel opens when this one ends, however it does.
+
+    The file `lock` says who holds it. Raises InputError where another process does, or where it cannot be made.
+    """
+    while True:
+        try:
+            make_directory(lock.parent)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise InputError(
+                f"{lock.parent} cannot be made or written to: {error.strerror}", "name another directory"
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise InputError(
+                f"{what} is in use: {holder} writes there", "wait until it has ended, or name another directory"
+            ) from None
+        except OSError as error:
+            warn(f"{what} cannot be locked ({error.strerror}): see to it that nothing else writes there")
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                break
+        os.close(descriptor)  # who held it before has just deleted the file: it locks nothing any more
+    try:
+        with suppress(OSError):  # a full disk says so elsewhere
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+        yield
+    finally:
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                lock.unlink()
+        os.close(descriptor)
 
 
 def open_run(path: Path) -> tuple[RunDirectory, Recipe]:
@@ -113,42 +164,97 @@ def open_run(path: Path) -> tuple[RunDirectory, Recipe]:
     return run, load_recipe(run.recipe, files_must_exist=False)
 
 
-# What may change between a run and its resumption: it leaves the result as it is, or is meant to prolong the run.
+# What may change between a run and its resumption: it leaves the result as it is, or is meant to prolong the run. Where
+# base and data lie, and by which name a template is called, may too: what counts is what is found there.
 _FREE_KEYS = {
     "train": {"num_train_epochs", "max_steps", "max_tokens_per_microbatch", "logging_steps", "eval_steps", "save_steps"}
     | {"save_total_limit", "sample_prompts", "eval_on_start"},
-    "model": {"gradient_checkpointing"},
+    "model": {"gradient_checkpointing", "name_or_path", "revision", "chat_template"},
+    "data": {"streaming", "strict", "max_dropped"},
     "output": {"dir", "merge", "trackers"},
 }
+# Libraries whose other version may give another result.
+_DECIDING_VERSIONS = ("orpo", "torch", "transformers", "peft", "tokenizers", "bitsandbytes")
+# What changes only rounding, if anything: it is told.
+_NOTED = ("device", "device_type", "processes", "threads")
 
 
-def check_unchanged(run: RunDirectory, recipe: Recipe, fingerprint: str, *, streamed: bool) -> None:
-    """Raise InputError when a run to be resumed was made by another recipe or from other data, or is none."""
+def identity(recipe: Recipe, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides what a run comes to, by dotted key; runs that agree in it are one."""
+    tree = recipe.model_dump(mode="json")
+    found: dict[str, Any] = {}
+    for section, keys in tree.items():
+        if section == "lora":
+            found["lora"] = "all weights" if keys is None else "an adapter"
+        for key in set(keys or ()) - _FREE_KEYS.get(section, set()):
+            found[f"{section}.{key}"] = keys[key]
+    of_manifest: Any = defaultdict(dict, manifest)
+    for split in ("train", "eval"):
+        if not isinstance(sources := found[f"data.{split}"], list):
+            continue
+        where = ("path", "revision")
+        found[f"data.{split}"] = [{k: v for k, v in source.items() if k not in where} for source in sources]
+        read = (of_manifest["data"].get(split) or {}).get("sources", [])
+        found[f"data.{split} (content)"] = [source["fingerprint"] for source in read]
+        if split == "train":
+            found["data.train (streamed)"] = any(source["streamed"] for source in read)
+    base = of_manifest["base"]
+    found["model (content)"] = base.get("content") or f"{base.get('name_or_path')} {base.get('revision')}"
+    found["tokenizer"] = of_manifest["fingerprints"].get("tokenizer")
+    found["template"] = of_manifest["fingerprints"].get("template")
+    quantised = recipe.model.load_in_4bit or recipe.model.load_in_8bit or recipe.train.optimizer != "adamw"
+    for package in _DECIDING_VERSIONS:
+        if package != "bitsandbytes" or quantised:  # a build for another device is named behind the plus
+            found[f"versions.{package}"] = str(of_manifest["versions"].get(package)).partition("+")[0]
+    return found
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What differs between two mappings, by key: the values before and now."""
+    return {
+        key: {"before": before.get(key), "now": now.get(key)}
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    }
+
+
+def check_unchanged(
+    run: RunDirectory, recipe: Recipe, manifest: Mapping[str, Any], lost: Mapping[str, Any], *, allow: bool
+) -> dict[str, Any]:
+    """What differs from the run that is to be gone on with: `changed`, which may change the result, and `noted`.
+
+    `manifest` is what would be written of the run as it is now; `lost` are differences found elsewhere. Raises
+    InputError that lists all that is changed, unless it is allowed, and where there is no run.
+    """
     if not run.recipe.is_file():
         raise InputError(f"{run.path} holds no run to go on with", "give the checkpoint's own run with --output-dir")
-    before = load_recipe(run.recipe, files_must_exist=False).model_dump(mode="json")
-    now = recipe.model_dump(mode="json")
-    changed = []
-    for section in now:
-        old, new = before[section], now[section]
-        if old is None or new is None:
-            changed += [section] if old != new else []
-            continue
-        keys = set(new) - _FREE_KEYS.get(section, set())
-        changed += [f"{section}.{key}" for key in sorted(keys) if old.get(key) != new[key]]
-    if changed:
+    before = read_manifest(run)
+    own = load_recipe(run.recipe, files_must_exist=False)
+    changed = {**differences(identity(own, before), identity(recipe, manifest)), **lost}
+    if "lora" in changed:
+        changed = {key: change for key, change in changed.items() if not key.startswith("lora.")}
+    noted = differences({k: before.get(k) for k in _NOTED}, {k: manifest.get(k) for k in _NOTED})
+    if changed and not allow:
         raise InputError(
-            f"{run.path} was made by another recipe; these keys differ: {', '.join(changed)}",
-            "set them as in its recipe.yaml, or start a new run with --output-dir",
+            f"{run.path} is not what it was; these differ:\n" + "\n".join(_told(changed)),
+            "set or install what it was begun with (its recipe.yaml and manifest.json say what), begin a new run with "
+            "--output-dir, or go on all the same with --resume --allow-changes",
         )
-    sources = read_manifest(run).get("data", {}).get("train", {}).get("sources", [])
-    if any(source["streamed"] for source in sources) != streamed:
-        raise InputError(
-            f"{run.path} was started with its data {'held in memory' if streamed else 'streamed'}, in another order",
-            f"set data.streaming: {'false' if streamed else 'true'}",
-        )
-    if "+".join(source["fingerprint"] for source in sources) != fingerprint:
-        raise InputError(f"the training data has changed since {run.path} was started", "start a new run")
+    for line in _told(changed):
+        warn(f"going on although this differs:{line}")
+    for line in _told(noted):
+        warn(f"another machine or another number of threads or processes rounds otherwise:{line}")
+    return {"changed": changed, "noted": noted}
+
+
+def _told(changes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each change."""
+    return [f"  {key}: {_short(of['before'])} before, now {_short(of['now'])}" for key, of in changes.items()]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def read_manifest(run: RunDirectory) -> dict[str, Any]:
@@ -156,7 +262,10 @@ def read_manifest(run: RunDirectory) -> dict[str, Any]:
     try:
         return json.loads(run.manifest.read_text(encoding="utf-8")) if run.manifest.exists() else {}
     except ValueError as error:
-        raise InputError(f"{run.manifest} is damaged: {error}", "start a new run") from error
+        raise InputError(
+            f"{run.manifest} is damaged: {error}",
+            "begin a new run, or delete the file and go on with --resume --allow-changes",
+        ) from error
 
 
 @dataclass(frozen=True)

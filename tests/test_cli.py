@@ -264,7 +264,8 @@ def test_train_speaks_on_stderr_and_writes_the_run(orpo, tiny_recipe, tmp_path):
     assert orpo("train", recipe, "--output-dir", directory)[0] == 2
     code, _, err = orpo("train", recipe, "--output-dir", directory, "--resume", "--set", "loss.beta=0.5")
     assert code == 2
-    assert f"error: {directory} was made by another recipe; these keys differ: loss.beta, train.seed" in err
+    assert f"error: {directory} is not what it was; these differ:\n" in err
+    assert "\n  loss.beta: 0.25 before, now 0.5\n  train.seed: 7 before, now 42\n" in err
     assert orpo("train", recipe, "--output-dir", directory, "--overwrite")[0] == 0
     assert (directory / "notes.txt").exists()
 
@@ -272,7 +273,7 @@ def test_train_speaks_on_stderr_and_writes_the_run(orpo, tiny_recipe, tmp_path):
     pairs.write_text("\n".join(rows[:-1]))
     code, _, err = orpo("train", recipe, "--output-dir", directory, "--resume")
     assert code == 2
-    assert "error: the training data has changed since" in err
+    assert "\n  data.train (content): [" in err
 
 
 def test_data_shows_figures_and_pairs_on_stdout_and_warnings_on_stderr(orpo, tiny_recipe):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,12 @@ from orpo_cli.recipe import Recipe, load_recipe
 from orpo_cli.run import (
     DIRECTORIES,
     FILES,
+    LOCK,
     RunDirectory,
     check_unchanged,
     find_subject,
+    held,
+    identity,
     open_run,
     read_manifest,
 )
@@ -37,12 +43,17 @@ def hold_a_run(directory: Path) -> None:
 # Who may write
 
 
+def claim(path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    with RunDirectory(path).claimed(resume=resume, overwrite=overwrite):
+        assert path.is_dir()
+
+
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
 def test_a_new_or_empty_directory_may_be_used(tmp_path, options):
     for path in (tmp_path / "runs" / "new", tmp_path / "empty"):
-        RunDirectory(path).claim(**{"resume": False, "overwrite": False, **options})
-        assert contents(path) == set()
-        RunDirectory(path).claim(**{"resume": False, "overwrite": False, **options})
+        for _ in range(2):
+            claim(path, **options)
+            assert contents(path) == set()
 
 
 @pytest.mark.parametrize("name", [*FILES, *DIRECTORIES])
@@ -54,14 +65,14 @@ def test_each_trace_of_a_run_is_one(tmp_path, name):
     (run.path / name).mkdir() if name in DIRECTORIES else (run.path / name).write_text("")
     assert run.holds_run()
     with pytest.raises(InputError, match="already holds a run") as error:
-        run.claim(resume=False, overwrite=False)
+        claim(run.path)
     assert all(option in error.value.hint for option in ("--resume", "--overwrite", "--output-dir"))
 
 
 def test_resuming_changes_nothing(tmp_path):
     hold_a_run(tmp_path / "run")
     before = contents(tmp_path / "run")
-    RunDirectory(tmp_path / "run").claim(resume=True, overwrite=False)
+    claim(tmp_path / "run", resume=True)
     assert contents(tmp_path / "run") == before
 
 
@@ -72,7 +83,7 @@ def test_overwriting_removes_what_a_run_writes_and_nothing_else(tmp_path):
     (run.path / "plots").mkdir()
     (run.path / "plots" / "loss.png").write_text("mine")
     before = contents(run.path)
-    run.claim(resume=False, overwrite=True)
+    claim(run.path, overwrite=True)
     assert contents(run.path) == before  # nothing is lost before data and model are known to be right
     run.clear()
     assert contents(run.path) == {"notes.txt", "plots", "plots/loss.png"}
@@ -85,16 +96,92 @@ def test_overwriting_does_not_follow_a_link(tmp_path):
     run = RunDirectory(tmp_path / "run")
     run.path.mkdir()
     (run.path / "merged").symlink_to(elsewhere)
-    run.claim(resume=False, overwrite=True)
+    run.clear()
+    assert not (run.path / "merged").is_symlink()
     assert (elsewhere / "precious").exists()
 
 
 def test_what_cannot_be_a_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is a file"):
-        RunDirectory(tmp_path / "file").claim(resume=False, overwrite=True)
+        claim(tmp_path / "file", overwrite=True)
     with pytest.raises(InputError, match="cannot be made"):
-        RunDirectory(tmp_path / "file" / "run").claim(resume=False, overwrite=False)
+        claim(tmp_path / "file" / "run")
+
+
+def test_what_a_kill_left_half_done_is_mended_and_what_is_not_ours_stays(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    hold_a_run(run.path)
+    run.adapter.rename(run.path / ".adapter.replaced")  # between two renames
+    for left in (".merged.unfinished", ".merged.deleted", ".notes.unfinished", ".merged"):
+        (run.path / left / "deep").mkdir(parents=True)
+    (run.path / ".eval.json.unfinished").write_text("{")
+    claim(run.path, resume=True)
+    hold_a_run(tmp_path / "as-it-was")
+    expected = contents(tmp_path / "as-it-was") | {
+        ".notes.unfinished",
+        ".notes.unfinished/deep",
+        ".merged",
+        ".merged/deep",
+    }
+    assert contents(run.path) == expected
+
+
+# Who writes there already
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from orpo_cli.run import RunDirectory
+with RunDirectory(Path(sys.argv[1])).claimed(resume=True, overwrite=False):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+def test_two_processes_do_not_write_into_one_directory(tmp_path, options):
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match=f"{tmp_path} is in use: process {other.pid} on ") as error:
+            claim(tmp_path, **options)
+        assert error.value.exit_code == 2
+    finally:
+        other.kill()
+        other.wait()
+    assert (tmp_path / LOCK).exists()  # it could not tidy up, and yet holds nothing any more
+    claim(tmp_path, **options)
+    assert contents(tmp_path) == set()
+
+
+def test_a_lock_is_not_one_once_its_file_is_another(tmp_path):
+    """Who waits with the old file open, as its holder leaves and a third one comes, must not hold the new one too."""
+    lock = tmp_path / LOCK
+    with held(lock, tmp_path):
+        lock.unlink()
+        with held(lock, tmp_path), pytest.raises(InputError, match="in use"), held(lock, tmp_path):
+            pass
+    assert contents(tmp_path) == set()
+
+
+def test_a_lock_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "precious").write_text("x")
+    (tmp_path / LOCK).symlink_to(tmp_path / "precious")
+    with pytest.raises(InputError, match="cannot be made or written to"):
+        claim(tmp_path)
+    assert (tmp_path / "precious").read_text() == "x"
+
+
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capfd):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("orpo_cli.run.fcntl.flock", flock)
+    claim(tmp_path)
+    assert f"warning: {tmp_path} cannot be locked (No locks available)" in capfd.readouterr().err
+    assert contents(tmp_path) == set()
 
 
 def test_a_run_writes_only_what_overwriting_removes(tiny_run):
@@ -135,13 +222,13 @@ def changed(recipe: Recipe, section: str, **keys) -> Recipe:
     return Recipe.model_validate(tree)
 
 
-def fingerprint_of(run: RunDirectory) -> str:
-    return "+".join(source["fingerprint"] for source in read_manifest(run)["data"]["train"]["sources"])
+def check(run: RunDirectory, recipe: Recipe, manifest: dict | None = None, **options) -> dict:
+    now = read_manifest(run) if manifest is None else manifest
+    return check_unchanged(run, recipe, now, options.pop("lost", {}), allow=options.pop("allow", False))
 
 
 def test_the_same_recipe_goes_on(tiny_run):
-    run, recipe = open_run(tiny_run)
-    check_unchanged(run, recipe, fingerprint_of(run), streamed=False)
+    assert check(*open_run(tiny_run)) == {"changed": {}, "noted": {}}
 
 
 @pytest.mark.parametrize(
@@ -152,39 +239,78 @@ def test_the_same_recipe_goes_on(tiny_run):
         ("train", {"save_steps": 1, "eval_steps": 2, "logging_steps": 5, "save_total_limit": 9}),
         ("train", {"max_tokens_per_microbatch": 200}),
         ("output", {"dir": "elsewhere", "merge": False}),
+        ("model", {"name_or_path": "moved", "chat_template": "auto"}),  # what is found there is the same
+        ("data", {"train": [{"path": "moved.jsonl"}], "strict": True}),
     ],
 )
 def test_what_leaves_the_result_as_it_is_may_change(tiny_run, section, keys):
     run, recipe = open_run(tiny_run)
-    check_unchanged(run, changed(recipe, section, **keys), fingerprint_of(run), streamed=False)
+    assert check(run, changed(recipe, section, **keys))["changed"] == {}
 
 
-def test_keys_that_changed_are_listed(tiny_run):
+def test_all_that_changed_is_listed_at_once(tiny_run):
     run, recipe = open_run(tiny_run)
     other = changed(changed(recipe, "loss", beta=0.2), "train", learning_rate=0.5, seed=1, max_steps=9)
+    manifest = read_manifest(run)
+    manifest["versions"]["torch"] = "0.1+cpu"
+    manifest["fingerprints"]["tokenizer"] = "another"
+    manifest["base"]["content"] = "another"
+    manifest["data"]["train"]["sources"][0]["fingerprint"] = "another"
+    manifest["threads"] = 64
+    lost = {"metrics.jsonl": {"before": "9 bytes", "now": "0 of them"}}
     with pytest.raises(InputError) as error:
-        check_unchanged(run, other, fingerprint_of(run), streamed=False)
-    assert error.value.message == (
-        f"{run.path} was made by another recipe; these keys differ: loss.beta, train.learning_rate, train.seed"
-    )
+        check(run, other, manifest, lost=lost)
+    lines = error.value.message.splitlines()
+    assert lines[0] == f"{run.path} is not what it was; these differ:"
+    keys = ["data.train (content)", "loss.beta", "model (content)", "tokenizer", "train.learning_rate", "train.seed"]
+    assert [line.split(":")[0].strip() for line in lines[1:]] == [*keys, "versions.torch", "metrics.jsonl"]
+    assert "  loss.beta: 0.1 before, now 0.2" in lines
+    assert "--allow-changes" in error.value.hint
+
+    entry = check(run, other, manifest, lost=lost, allow=True)
+    assert list(entry["changed"]) == [*keys, "versions.torch", "metrics.jsonl"]
+    assert entry["changed"]["train.seed"] == {"before": 42, "now": 1}
+    assert entry["noted"]["threads"]["now"] == 64
 
 
-@pytest.mark.parametrize("keys", [{}, {"r": 8}])
-def test_another_adapter_is_another_run(tiny_run, keys):
+def test_a_build_for_another_device_is_no_other_version(tiny_run):
     run, recipe = open_run(tiny_run)
-    with pytest.raises(InputError, match=r"differ: lora\.r$" if keys else r"differ: lora$"):
-        check_unchanged(run, changed(recipe, "lora", **keys), fingerprint_of(run), streamed=False)
+    manifest = read_manifest(run)
+    manifest["versions"]["torch"] = manifest["versions"]["torch"].partition("+")[0] + "+cu999"
+    manifest["versions"]["bitsandbytes"] = "0.0.1"  # which this run does not use
+    assert check(run, recipe, manifest) == {"changed": {}, "noted": {}}
 
 
-def test_other_data_is_another_run(tiny_run):
+@pytest.mark.parametrize(("keys", "expected"), [({}, "lora"), ({"r": 8}, "lora.r")])
+def test_another_adapter_is_another_run(tiny_run, keys, expected):
     run, recipe = open_run(tiny_run)
-    with pytest.raises(InputError, match="the training data has changed"):
-        check_unchanged(run, recipe, "another", streamed=False)
+    assert list(check(run, changed(recipe, "lora", **keys), allow=True)["changed"]) == [expected]
+
+
+def test_streamed_data_come_in_another_order(tiny_run):
+    run, recipe = open_run(tiny_run)
+    manifest = read_manifest(run)
+    manifest["data"]["train"]["sources"][0]["streamed"] = True
+    assert list(check(run, recipe, manifest, allow=True)["changed"]) == ["data.train (streamed)"]
+
+
+def test_held_out_data_of_their_own_count_too(tiny_run):
+    _, recipe = open_run(tiny_run)
+    manifest = {"data": {"eval": {"sources": [{"fingerprint": "some", "streamed": False}]}}}
+    other = changed(recipe, "data", eval=[{"path": "held-out.jsonl"}])
+    assert identity(other, manifest)["data.eval (content)"] == ["some"]
+
+
+def test_a_run_that_says_nothing_of_itself_is_another_one(tiny_run, tmp_path):
+    shutil.copy(tiny_run / "recipe.yaml", tmp_path)
+    run, recipe = open_run(tmp_path)
+    with pytest.raises(InputError, match=r"versions\.torch: .None. before"):
+        check(run, recipe, read_manifest(RunDirectory(tiny_run)))
 
 
 def test_only_a_run_goes_on(tiny_run, tmp_path):
     with pytest.raises(InputError, match="holds no run to go on with"):
-        check_unchanged(RunDirectory(tmp_path), open_run(tiny_run)[1], "any", streamed=False)
+        check(RunDirectory(tmp_path), open_run(tiny_run)[1])
 
 
 # What a target names

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,17 @@ class TextSide:
     def stop_id(self) -> int:
         """Id of the token that ends a turn."""
         return self.tokenizer.convert_tokens_to_ids(self.template.end_of_turn)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Sixteen hexadecimal digits each that change with what the tokenizer, and what the template does to a text."""
+        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        for left_by_the_last_call in ("truncation", "padding"):
+            tokenizer.pop(left_by_the_last_call, None)
+        template = [self.template.source, self.template.end_of_turn, self.template.opening, self.starts_with_bos]
+        return {
+            name: hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+            for name, content in (("tokenizer", tokenizer), ("template", template))
+        }
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Only safetensors are read, and a repository's own code runs only under `model.tr
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -64,6 +65,34 @@ def base_revision(section: ModelSection) -> str | None:
         return None
     cached = huggingface_hub.try_to_load_from_cache(section.name_or_path, "config.json", revision=section.revision)
     return Path(cached).parent.name if isinstance(cached, str) else None
+
+
+# Bytes of a weight file that go into a fingerprint: a file up to this size whole, of a larger one as many as this.
+_SAMPLED_BYTES = 2**26
+
+
+def base_content(section: ModelSection) -> str | None:
+    """Sixteen hexadecimal digits that change with the files of a model's directory; None for a hub model.
+
+    Configuration, index and code are taken whole, and of large weight files their sizes, their first MiB, which holds
+    the names and shapes of all tensors, and pieces from all over them: another model, a fine-tune of the same one or
+    another copy cut short are told apart in a second, where reading all of a large model would take minutes. A few
+    bytes changed between the pieces are not seen.
+    """
+    directory = Path(section.name_or_path)
+    if not directory.is_dir():
+        return None
+    digest = hashlib.sha256()
+    patterns = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
+    for path in sorted(file for pattern in patterns for file in directory.glob(pattern)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            piece, steps = 2**20, _SAMPLED_BYTES // 2**20
+            for i in range(steps):
+                file.seek(i * piece if size <= _SAMPLED_BYTES else i * (size - piece) // (steps - 1))
+                digest.update(file.read(piece))
+    return digest.hexdigest()[:16]
 
 
 def compute_dtype(section: ModelSection, config: PreTrainedConfig, device: torch.device) -> torch.dtype:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from orpo_cli.errors import InputError
-from orpo_cli.files import to_json, write_directory
+from orpo_cli.files import recover_all, remove, to_json, write_directory
 
 MANIFEST = "MANIFEST.json"
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
@@ -59,17 +58,28 @@ def save_checkpoint(
         older = [c for c in checkpoints(directory) if step_of(c) < step and step_of(c) != protect]
         later = [c for c in checkpoints(directory) if step_of(c) > step]
         for surplus in later + older[: max(0, len(older) - (keep - 1))]:
-            shutil.rmtree(surplus)
+            remove(surplus)
     return target
+
+
+def check_sound(directory: Path) -> None:
+    """Raise InputError if any byte of a checkpoint has changed."""
+    if (why := fault(directory)) is not None:
+        raise InputError(
+            f"the checkpoint {directory} is damaged: {why}", "name another one; --resume takes the newest sound one"
+        )
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """The state of a checkpoint that was found sound."""
+    return json.loads((directory / "state.json").read_text(encoding="utf-8"))
 
 
 def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """Weights, optimizer tensors and state of a checkpoint. Raises InputError if any byte of it has changed."""
-    if (why := fault(directory)) is not None:
-        raise InputError(f"the checkpoint {directory} is damaged: {why}", "name another one, or drop --resume-from")
+    check_sound(directory)
     weights = next(directory / name for name in WEIGHTS if (directory / name).exists())
-    state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-    return load_file(weights), load_file(directory / "optimizer.safetensors"), state
+    return load_file(weights), load_file(directory / "optimizer.safetensors"), read_state(directory)
 
 
 def newest_sound(directory: Path) -> tuple[Path | None, list[str]]:
@@ -81,6 +91,12 @@ def newest_sound(directory: Path) -> tuple[Path | None, list[str]]:
             return candidate, damaged
         damaged.append(f"{candidate.name}: {why}")
     return None, damaged
+
+
+def recover_checkpoints(directory: Path) -> None:
+    """Clean up what a kill left in a run's `checkpoints/`, while nobody else writes there."""
+    if directory.is_dir():
+        recover_all(directory, lambda name: _NAME.match(name) is not None)
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -99,7 +115,11 @@ def step_of(checkpoint: Path) -> int:
 def fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, every file of it compared with the manifest; None if it is sound."""
     try:
-        entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        entries = manifest["files"]
+        if text != to_json(manifest) or manifest["step"] != step_of(checkpoint):
+            return f"{MANIFEST} has changed since it was written"
         if not {"optimizer.safetensors", "state.json"} < set(entries) or set(entries).isdisjoint(WEIGHTS):
             return f"{MANIFEST} is incomplete"
         for name, entry in entries.items():

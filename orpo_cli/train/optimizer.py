@@ -99,7 +99,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_tensors(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `tensors`."""
+        """The inverse of `tensors`. Raises KeyError, RuntimeError or AttributeError for those of another optimizer."""
         saved: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for path, tensor in state.items():
             key, _, name = path.partition(".")
@@ -109,11 +109,13 @@ class Optimizer:
         for g, group in enumerate(self.adamw.param_groups):
             for p, master in enumerate(group["params"]):
                 of_master = saved[names[master]]
-                if "master" in of_master:
+                if "master" in of_master or master is not self.parameters[names[master]]:
                     master.copy_(of_master.pop("master"))
                 if not of_master:
                     continue
                 if isinstance(self.adamw, torch.optim.AdamW):
+                    if of_master.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+                        raise KeyError(f"the state of {names[master]} is not AdamW's")
                     self.adamw.state[master] = {key: value.to(master.device) for key, value in of_master.items()}
                     continue
                 self.adamw.init_state(group, master, g, p)  # its buffers may have to lie in paged memory

@@ -6,7 +6,7 @@ import dataclasses
 import platform
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils import set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 
 from orpo_cli import __version__
@@ -22,11 +22,11 @@ from orpo_cli.data.dataset import PairSet, load_pairs
 from orpo_cli.data.order import Position
 from orpo_cli.errors import InputError, ModelError, RunError, is_out_of_memory
 from orpo_cli.evaluate import pair_lines, skipped, summarise
-from orpo_cli.files import to_json, to_json_lines, write_directory, write_file
+from orpo_cli.files import require_space, to_json, to_json_lines, write_directory, write_file
 from orpo_cli.generate import answers
 from orpo_cli.inspect import pair_pieces
 from orpo_cli.malloc import keep_freed_memory
-from orpo_cli.merge import MEASURED_PAIRS, merge_trained, save_model
+from orpo_cli.merge import MEASURED_PAIRS, merge_trained, merged_bytes, save_model
 from orpo_cli.model.build import (
     Built,
     TextSide,
@@ -36,14 +36,21 @@ from orpo_cli.model.build import (
     pair_tokenizer,
     set_stop_tokens,
 )
-from orpo_cli.model.load import base_revision
+from orpo_cli.model.load import base_content, base_revision
 from orpo_cli.model.lora import save_adapter
 from orpo_cli.model.memory import Needs, Plan, checkpoint_layers, choose_plan, device_memory
 from orpo_cli.recipe import Recipe, dump_recipe
-from orpo_cli.report.metrics import MetricsFile, read_metrics
+from orpo_cli.report.metrics import MetricsFile, read_metrics, whole_rows
 from orpo_cli.report.terminal import comparison, first_pair, mute, say, warn
 from orpo_cli.run import RunDirectory, check_unchanged, read_manifest
-from orpo_cli.train.checkpoint import load_checkpoint, newest_sound, save_checkpoint
+from orpo_cli.train.checkpoint import (
+    check_sound,
+    load_checkpoint,
+    newest_sound,
+    read_state,
+    recover_checkpoints,
+    save_checkpoint,
+)
 from orpo_cli.train.distributed import Processes, seed_everything
 from orpo_cli.train.loop import Progress, Run, score_together, train_steps
 from orpo_cli.train.optimizer import Optimizer, check_optimizer
@@ -55,6 +62,8 @@ class Start:
 
     resume: bool = False
     resume_from: Path | None = None
+    allow_changes: bool = False
+    """Go on although something differs that may change the result."""
     overwrite: bool = False
     command: tuple[str, ...] = ()
 
@@ -70,9 +79,17 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
     run = RunDirectory(Path(recipe.output.dir))
     check_optimizer(recipe.train, processes.device)
     resumes = start.resume or start.resume_from is not None
-    if processes.is_main:
-        run.claim(resume=resumes, overwrite=start.overwrite)
-    processes.wait()
+    if start.allow_changes and not resumes:
+        raise InputError("--allow-changes says how to go on with a run", "give --resume or --resume-from too")
+    with run.claimed(resume=resumes, overwrite=start.overwrite) if processes.is_main else nullcontext():
+        if processes.is_main:
+            recover_checkpoints(run.checkpoints)
+        processes.wait()
+        return train_in(run, recipe, start, processes)
+
+
+def train_in(run: RunDirectory, recipe: Recipe, start: Start, processes: Processes) -> dict[str, Any]:
+    """Train in a directory that is this run's alone; as `train`."""
     make_deterministic(processes.device)
     if processes.device.type == "cpu":
         keep_freed_memory()
@@ -81,13 +98,16 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
     check_max_length(recipe.model, recipe.data.max_length)
     train_set, held_out = load_pairs(recipe.data, pair_tokenizer(recipe, text), recipe.train)
     describe_data(train_set, held_out, text, recipe)
+    record = facts(recipe, start, processes, text, train_set, held_out)
+    checkpoint = find_checkpoint(run, start.resume_from) if start.resume or start.resume_from else None
+    if checkpoint is not None:
+        record["resumed"] = resumptions(run, recipe, checkpoint, record, allow=start.allow_changes)
 
     seed_everything(recipe.train.seed)
     built = build_for_training(recipe, text, processes.device)
     optimizer = Optimizer(built.model.named_parameters(), recipe.train)
     progress, total_steps = Progress(), train_set.total_steps(recipe.train)
-    if resumes and (checkpoint := find_checkpoint(run, start.resume_from)) is not None:
-        check_unchanged(run, recipe, train_set.fingerprint, streamed=train_set.held is None)
+    if checkpoint is not None:
         progress = restore(checkpoint, built, optimizer)
         if progress.step > total_steps:
             raise InputError(
@@ -97,11 +117,15 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
     plan = plan_memory(recipe, built, progress, processes)
     progress.max_tokens, progress.checkpointed_layers = plan.max_tokens, plan.checkpointed_layers
     checkpoint_layers(built.base, plan.checkpointed_layers)
+    record |= of_model(record, built, plan)
     if processes.is_main:
         if start.overwrite:
             run.clear()
+        parts = [checkpoint_bytes(recipe, built, optimizer), final_bytes(recipe, built)]
+        needed = sum(parts) if checkpoint is None else max(parts)  # the next checkpoint takes the place of an old one
+        require_space(run.path, needed, "the run")
+        write_file(run.manifest, to_json(record))  # first: it says if the recipe is another than before
         write_file(run.recipe, dump_recipe(recipe))
-        write_file(run.manifest, to_json(manifest(recipe, start, processes, text, built, plan, train_set, held_out)))
 
     scaler = torch.amp.GradScaler(processes.device.type, enabled=built.base.dtype == torch.float16)
     if progress.loss_scale:
@@ -129,7 +153,10 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
         train_steps(loop)
         if loop.held_out and loop.last_scores is None:  # resumed after its last step
             loop.last_scores = score_together(loop)
-        figures = finish(run, loop, text, built, held_out) if processes.is_main else {}
+        figures = finish(run, loop, text, built, held_out, record) if processes.is_main else {}
+    for file in (loop.metrics, loop.samples):
+        if file is not None:
+            file.close()
     processes.close()
     return figures
 
@@ -246,17 +273,10 @@ def savings(recipe: Recipe, plan: Plan) -> Iterator[str]:
     yield "a lower data.max_length"
 
 
-def manifest(
-    recipe: Recipe,
-    start: Start,
-    processes: Processes,
-    text: TextSide,
-    built: Built,
-    plan: Plan,
-    train_set: PairSet,
-    held_out: PairSet | None,
+def facts(
+    recipe: Recipe, start: Start, processes: Processes, text: TextSide, train_set: PairSet, held_out: PairSet | None
 ) -> dict[str, Any]:
-    """What made this run: versions, devices, command line, seed, base revision, data and its counts."""
+    """What the manifest says before the model is loaded: versions, device, command line, seed, base, data."""
     device = processes.device
     packages = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "tokenizers")
     return {
@@ -270,19 +290,28 @@ def manifest(
         "base": {
             "name_or_path": recipe.model.name_or_path,
             "revision": base_revision(recipe.model),
-            "dtype": str(built.base.dtype).removeprefix("torch."),
+            "content": base_content(recipe.model),
         },
+        "fingerprints": text.fingerprints(),
         "template": {
             "name": text.template.name,
             "end_of_turn": text.template.end_of_turn,
             "added_tokens": text.added_tokens,
-            "trained_rows": built.trained_rows,
         },
+        "learning_rate": recipe.peak_learning_rate,
+        "data": {"train": train_set.summary(), "eval": held_out.summary() if held_out else None},
+        "resumed": [],
+    }
+
+
+def of_model(record: dict[str, Any], built: Built, plan: Plan) -> dict[str, Any]:
+    """What the manifest says besides when the model is loaded."""
+    return {
+        "base": record["base"] | {"dtype": str(built.base.dtype).removeprefix("torch.")},
+        "template": record["template"] | {"trained_rows": built.trained_rows},
         "shared_prefix": built.fitness.not_shared is None,
         "max_tokens_per_microbatch": plan.max_tokens,
         "memory": plan.summary(),
-        "learning_rate": recipe.peak_learning_rate,
-        "data": {"train": train_set.summary(), "eval": held_out.summary() if held_out else None},
     }
 
 
@@ -294,11 +323,52 @@ def find_checkpoint(run: RunDirectory, named: Path | None) -> Path | None:
     if named is not None:
         if not named.is_dir() or named.resolve().parent != run.checkpoints.resolve():
             raise InputError(f"{named} is no checkpoint of this run", f"they lie in {run.checkpoints}")
+        check_sound(named)
         return named
     newest, damaged = newest_sound(run.checkpoints)
+    if newest is None and damaged:
+        raise InputError(
+            f"no checkpoint of {run.path} is sound:\n" + "\n".join(f"  {line}" for line in damaged),
+            "--overwrite begins anew in this directory, --output-dir in another; or put a copy of one back",
+        )
+    if newest is None and (run.adapter.exists() or run.merged.exists()):
+        raise InputError(
+            f"{run.path} holds a trained model and no checkpoint to go on from",
+            "--overwrite begins anew in this directory, --output-dir in another",
+        )
     for line in damaged:
         warn(f"passed over a damaged checkpoint: {line}")
     return newest
+
+
+def resumptions(
+    run: RunDirectory, recipe: Recipe, checkpoint: Path, record: dict[str, Any], *, allow: bool
+) -> list[dict[str, Any]]:
+    """What the manifest says of each time the run was gone on with, this one included: the step, and what differed.
+
+    Raises InputError where something differs that may change the result, unless that is allowed.
+    """
+    state, lost = read_state(checkpoint), {}
+    for path, length in ((run.metrics, state["metrics_length"]), (run.samples, state["samples_length"])):
+        if (kept := whole_rows(path, length)) < length:
+            lost[path.name] = {"before": f"{length:,} bytes", "now": f"{kept:,} of them"}
+    entry = {"step": state["step"], **check_unchanged(run, recipe, record, lost, allow=allow)}
+    return [*read_manifest(run).get("resumed", []), entry]
+
+
+def checkpoint_bytes(recipe: Recipe, built: Built, optimizer: Optimizer) -> int:
+    """What a checkpoint takes at least."""
+    parameters = [p for p in built.model.parameters() if p.requires_grad or recipe.lora is None]
+    state = sum(tensor.nbytes for tensor in optimizer.tensors().values())
+    # Before the first step there are no moments yet: two for each number, of four bytes or of one.
+    moments = sum(p.numel() for p in parameters if p.requires_grad) * (8 if recipe.train.optimizer == "adamw" else 2)
+    return sum(p.nbytes for p in parameters) + max(state, moments)
+
+
+def final_bytes(recipe: Recipe, built: Built) -> int:
+    """What is written after the last step takes at least."""
+    adapter = 0 if recipe.lora is None else sum(p.nbytes for p in built.model.parameters() if p.requires_grad)
+    return adapter + (merged_bytes(built.base) if recipe.lora is None or recipe.output.merge else 0)
 
 
 def save(run: RunDirectory, recipe: Recipe, built: Built, optimizer: Optimizer, progress: Progress) -> None:
@@ -310,6 +380,9 @@ def save(run: RunDirectory, recipe: Recipe, built: Built, optimizer: Optimizer, 
         else:
             save_file({n: p.detach() for n, p in built.model.named_parameters()}, directory / "model.safetensors")
 
+    require_space(
+        run.checkpoints, checkpoint_bytes(recipe, built, optimizer), f"the checkpoint of step {progress.step}"
+    )
     save_checkpoint(
         run.checkpoints,
         progress.step,
@@ -322,23 +395,41 @@ def save(run: RunDirectory, recipe: Recipe, built: Built, optimizer: Optimizer, 
 
 
 def restore(checkpoint: Path, built: Built, optimizer: Optimizer) -> Progress:
-    """Load weights and optimizer from a checkpoint. Raises InputError if it is damaged."""
+    """Load weights and optimizer from a checkpoint. Raises InputError if it is damaged or of another model."""
     weights, optimizer_tensors, state = load_checkpoint(checkpoint)
-    if isinstance(built.model, PeftModel):
+    adapted = isinstance(built.model, PeftModel)
+    own = (
+        get_peft_model_state_dict(built.model, save_embedding_layers=False)
+        if adapted
+        else dict(built.model.named_parameters())
+    )
+    if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in own.items()}:
+        raise InputError(
+            f"{checkpoint} holds other weights than are to be trained",
+            "the recipe's base, lora section and template must be those of the run",
+        )
+    if adapted:
         set_peft_model_state_dict(built.model, weights)
     else:
         with torch.no_grad():
             for name, parameter in built.model.named_parameters():
                 parameter.copy_(weights[name])
-    optimizer.load_tensors(optimizer_tensors)
+    try:
+        optimizer.load_tensors(optimizer_tensors)
+    except (KeyError, RuntimeError, AttributeError) as error:
+        raise InputError(
+            f"{checkpoint} holds the state of another optimizer", "train.optimizer must be that of the run"
+        ) from error
     return Progress(**{**state, "position": Position(**state["position"])})
 
 
 # ---- what is written after the last step ----
 
 
-def finish(run: RunDirectory, loop: Run, text: TextSide, built: Built, held_out: PairSet | None) -> dict[str, Any]:
-    """Adapter, held-out figures, merged weights, verdict; the held-out figures."""
+def finish(
+    run: RunDirectory, loop: Run, text: TextSide, built: Built, held_out: PairSet | None, record: dict[str, Any]
+) -> dict[str, Any]:
+    """Adapter, held-out figures, merged weights, what the manifest can say only now, verdict; the held-out figures."""
     recipe = loop.recipe
     if isinstance(built.model, PeftModel):
         write_directory(run.adapter, lambda directory: write_adapter(directory, built, text, recipe))
@@ -348,8 +439,8 @@ def finish(run: RunDirectory, loop: Run, text: TextSide, built: Built, held_out:
         scores = loop.last_scores
         assert scores is not None
         figures = {**summarise(scores, loop.held_out, recipe.loss), "skipped": skipped(held_out)}
-        write_file(run.eval, to_json(figures))
         write_file(run.eval_pairs, to_json_lines(pair_lines(scores, loop.held_out)))
+        write_file(run.eval, to_json(figures))
     if recipe.lora is None:
         write_directory(run.merged, lambda directory: save_model(built.base, text, recipe.model, directory))
     elif recipe.output.merge:
@@ -362,11 +453,9 @@ def finish(run: RunDirectory, loop: Run, text: TextSide, built: Built, held_out:
             ),
         )
         if gaps[0]:
-            write_file(run.manifest, to_json({**read_manifest(run), "merge": gaps[0]}))
-    if loop.train_set.rows is None:  # a stream is counted while it is read
-        read = read_manifest(run)
-        read["data"]["train"] = loop.train_set.summary()
-        write_file(run.manifest, to_json(read))
+            record["merge"] = gaps[0]
+    record["data"]["train"] = loop.train_set.summary()  # a stream is counted while it is read
+    write_file(run.manifest, to_json(record))
     verdict(run, loop, figures)
     return figures
 

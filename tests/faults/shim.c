@@ -113,6 +113,8 @@ ON_NAME(truncate64, AT_FDCWD, file, (const char *file, off64_t size), (file, siz
 ON_NAME(mkdir, AT_FDCWD, file, (const char *file, mode_t mode), (file, mode))
 ON_NAME(rename, AT_FDCWD, to, (const char *from, const char *to), (from, to))
 ON_NAME(renameat, to_at, to, (int from_at, const char *from, int to_at, const char *to), (from_at, from, to_at, to))
+ON_NAME(renameat2, to_at, to, (int from_at, const char *from, int to_at, const char *to, unsigned flags),
+        (from_at, from, to_at, to, flags))
 ON_DELETED(unlink, AT_FDCWD, file, (const char *file), (file))
 ON_DELETED(rmdir, AT_FDCWD, file, (const char *file), (file))
 ON_DELETED(unlinkat, directory, file, (int directory, const char *file, int flags), (directory, file, flags))
