@@ -18,6 +18,7 @@ from orpo_cli.errors import InputError
 from orpo_cli.malloc import keep_freed_memory
 from orpo_cli.model.build import TextSide, build_for_scoring, context_tokens, load_text_side, stop_ids
 from orpo_cli.model.logprobs import inference, stock_attention
+from orpo_cli.report.terminal import warn
 from orpo_cli.run import find_subject
 
 NEW_DIALOGUE = "/new"
@@ -136,9 +137,13 @@ class Speaker:
             if self.text.template.source is None:
                 yield self.answer(line, show)[0]
                 continue
-            dialogue.append(Message("user", line))
-            answer, _ = self._answer(dialogue_ids(self.text, dialogue), show)
-            dialogue.append(Message("assistant", answer))
+            asked = [*dialogue, Message("user", line)]
+            try:
+                answer, _ = self._answer(dialogue_ids(self.text, asked), show)
+            except InputError as error:
+                warn(f"{error.message}: {NEW_DIALOGUE} begins a new dialogue")
+                continue
+            dialogue = [*asked, Message("assistant", answer)]
             yield answer
 
     def _answer(self, ids: Sequence[int], show: Callable[[str], None] | None) -> tuple[str, bool]:
@@ -148,7 +153,7 @@ class Speaker:
             if room < 1:
                 raise InputError(
                     f"the prompt has {len(ids):,} tokens, and the model's context is {self.context:,}",
-                    f"shorten it; in a chat {NEW_DIALOGUE} begins a new dialogue",
+                    "shorten it",
                 )
             sampling = Sampling(min(sampling.max_new_tokens, room), sampling.temperature)
         return answer_to(self.model, self.text, ids, sampling, show)

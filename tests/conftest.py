@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,22 @@ def tiny_run(tiny_base: Path, tiny_pairs: Path, tmp_path_factory: pytest.TempPat
     recipe = write_tiny_recipe(directory / "recipe.yaml", tiny_base, tiny_pairs, directory / "run")
     train(load_recipe(recipe))
     return directory / "run"
+
+
+@pytest.fixture
+def orpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`orpo("train", recipe)` -> (exit code, stdout, stderr), within this process."""
+    from orpo_cli import cli
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["orpo", *map(str, arguments)])
+        capsys.readouterr()
+        code = cli._exit_code()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return call
 
 
 def tiny_rows(count: int) -> list[dict[str, str]]:

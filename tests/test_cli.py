@@ -16,24 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from orpo_cli import __version__, cli
+from orpo_cli import __version__
 from orpo_cli.errors import OrpoError, RunError
-
-
-@pytest.fixture
-def orpo(monkeypatch, capsys):
-    """`orpo("train", recipe)` -> (exit code, stdout, stderr), within this process."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["orpo", *map(str, arguments)])
-        capsys.readouterr()
-        code = cli._exit_code()
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return code, out, err
-
-    return call
-
 
 # Usage
 

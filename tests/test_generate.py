@@ -140,3 +140,9 @@ def test_a_context_is_not_left(speaker):
     assert 0 < len(long.answer("x" * 80)[0]) <= room  # a token is a byte
     with pytest.raises(InputError, match="and the model's context is 128"):
         long.answer("x" * 128)
+
+
+def test_a_chat_goes_on_after_a_line_that_is_too_long(speaker, capsys):
+    [answer] = speaker.chat(["x" * 128, "one"], print)
+    assert answer == speaker.answer("one")[0]
+    assert "context is 128: /new begins a new dialogue" in capsys.readouterr().err

@@ -109,6 +109,8 @@ def _meant_key(path: KeyPath, siblings: list[str]) -> tuple[str | None, str]:
     homes = {key.rpartition(".")[2]: key for key in section_keys()}
     if name in siblings:
         return strict_yaml.join(section, name), ""
+    if "is_null" in siblings and name in foreign.OPERATORS:  # by their letters `gte` would be `gt`
+        return strict_yaml.join(section, foreign.OPERATORS[name]), ""
     if len(path) <= 2:
         if found := foreign.translate(strict_yaml.join(section, name)):
             return found
@@ -159,7 +161,9 @@ def _hint_for_text(text: str, choices: list[str]) -> str | None:
 
 
 def _plain_number(word: str) -> str:
-    """`1_000`, `1,000`, `007` -> how a recipe writes that number."""
+    """`1_000`, `1,000`, `007`, `5%` -> how a recipe writes that number."""
+    if word.endswith("%") and isinstance(share := strict_yaml.scalar(word[:-1]), int | float):
+        return f"{share / 100:g}"
     digits = word.replace("_", "").replace(",", "")
     return digits.lstrip("0") if digits.isdigit() and digits.strip("0") else digits
 

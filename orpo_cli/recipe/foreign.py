@@ -504,6 +504,19 @@ VALUES: dict[str, str] = {
 }
 """Other tools' words for our values."""
 
+OPERATORS: dict[str, str] = {
+    **dict.fromkeys(("=", "==", "equal", "equals", "is"), "eq"),
+    **dict.fromkeys(("!=", "neq", "not", "not_equal"), "ne"),
+    **dict.fromkeys((">", "greater", "above"), "gt"),
+    **dict.fromkeys((">=", "gte", "min", "at_least"), "ge"),
+    **dict.fromkeys(("<", "less", "below"), "lt"),
+    **dict.fromkeys(("<=", "lte", "max", "at_most"), "le"),
+    **dict.fromkeys(("isin", "one_of", "any_of"), "in"),
+    **dict.fromkeys(("regex", "match", "like"), "matches"),
+    **dict.fromkeys(("isnull", "null", "is_none", "missing"), "is_null"),
+}
+"""Other words for the operators of a filter."""
+
 
 def translate(name: str) -> tuple[str | None, str] | None:
     """What another tool's name means here: (our dotted key or None, what to mind); None for a name never heard of.

@@ -6,6 +6,7 @@ import pytest
 
 from orpo_cli.recipe import foreign
 from orpo_cli.recipe.faults import annotation_at, section_keys
+from orpo_cli.recipe.schema import FILTER_OPERATORS
 
 
 def test_every_name_leads_to_a_key_of_the_schema() -> None:
@@ -129,3 +130,8 @@ def test_families_of_names_say_why() -> None:
     assert foreign.translate("galore_rank") == (None, "there is none: AdamW, and LoRA or a full fine-tune")
     assert foreign.translate("fsdp_config") == (None, foreign.NO_KEY["fsdp_config"])  # a name of its own wins
     assert foreign.translate("wandb_project") == ("output.trackers", "")
+
+
+def test_words_for_operators_lead_to_operators() -> None:
+    assert set(foreign.OPERATORS.values()) <= set(FILTER_OPERATORS)
+    assert foreign.OPERATORS.keys() & set(FILTER_OPERATORS) == set()

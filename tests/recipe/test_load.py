@@ -50,7 +50,8 @@ WRONG: list[tuple[str, int, str, list[str]]] = [
     ("  eval: [{path: y, splits: test}]", 4, "data.eval.0.splits", ["did you mean data.eval.0.split?"]),
     ("  eval: {path: y, holdout: 0.1}", 4, "data.eval.holdout", ["does not go with", "a mapping of holdout"]),
     ("  eval: {split: test}", 4, "data.eval.path", ["required"]),
-    ("  filter:\n    - {column: a, equals: 1}", 5, "data.filter.0.equals", ["column, eq, ne, gt"]),
+    ("  filter:\n    - {column: a, equals: 1}", 5, "data.filter.0.equals", ["did you mean data.filter.0.eq?"]),
+    ("  filter:\n    - {column: a, zzz: 1}", 5, "data.filter.0.zzz", ["column, eq, ne, gt"]),
     # other tools' keys
     (
         "train:\n  gradient_accumulation_steps: 4",
