@@ -55,11 +55,16 @@ def save_checkpoint(
 
     write_directory(target, fill)
     if fault(target) is None:
-        older = [c for c in checkpoints(directory) if step_of(c) < step and step_of(c) != protect]
-        later = [c for c in checkpoints(directory) if step_of(c) > step]
-        for surplus in later + older[: max(0, len(older) - (keep - 1))]:
-            remove(surplus)
+        delete_surplus(directory, step, keep=keep, protect=protect)
     return target
+
+
+def delete_surplus(directory: Path, step: int, *, keep: int, protect: int | None) -> None:
+    """Delete all checkpoints but the one of `step` and the newest before it, `keep` in all, and the protected one."""
+    older = [c for c in checkpoints(directory) if step_of(c) < step and step_of(c) != protect]
+    later = [c for c in checkpoints(directory) if step_of(c) > step]
+    for surplus in later + older[: max(0, len(older) - (keep - 1))]:
+        remove(surplus)
 
 
 def check_sound(directory: Path) -> None:

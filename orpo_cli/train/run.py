@@ -45,6 +45,7 @@ from orpo_cli.report.terminal import comparison, first_pair, mute, say, warn
 from orpo_cli.run import RunDirectory, check_unchanged, read_manifest
 from orpo_cli.train.checkpoint import (
     check_sound,
+    delete_surplus,
     load_checkpoint,
     newest_sound,
     read_state,
@@ -430,7 +431,9 @@ def finish(
     run: RunDirectory, loop: Run, text: TextSide, built: Built, held_out: PairSet | None, record: dict[str, Any]
 ) -> dict[str, Any]:
     """Adapter, held-out figures, merged weights, what the manifest can say only now, verdict; the held-out figures."""
-    recipe = loop.recipe
+    recipe, progress = loop.recipe, loop.progress
+    # The last checkpoint has done so already, unless a kill came in between.
+    delete_surplus(run.checkpoints, progress.step, keep=recipe.train.save_total_limit, protect=progress.best_step)
     if isinstance(built.model, PeftModel):
         write_directory(run.adapter, lambda directory: write_adapter(directory, built, text, recipe))
         say(f"adapter: {run.adapter}")

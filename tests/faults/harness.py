@@ -95,7 +95,7 @@ class Runs:
         changes = {
             "lora": {},
             **KINDS[kind],
-            "train": {"max_steps": None, "num_train_epochs": 3, "eval_steps": 4, **KINDS[kind].get("train", {})},
+            "train": {"max_steps": None, "num_train_epochs": 3, "eval_steps": 7, **KINDS[kind].get("train", {})},
         }
         path = self.directory / f"recipe-{next(self._numbers)}.yaml"
         return write_tiny_recipe(path, self.base, self.pairs, run, **changes)
@@ -182,7 +182,7 @@ def _orpo(arguments: list[str], log: Path, fault: Fault | None) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    from orpo_cli import cli
+    from orpo_cli.__main__ import main
     from orpo_cli.data import dataset
 
     if "streaming: true" in Path(arguments[1]).read_text():
@@ -190,7 +190,7 @@ def _orpo(arguments: list[str], log: Path, fault: Fault | None) -> None:
     sys.argv = ["orpo", *arguments]
     if fault is not None:
         (_arm_libc if fault.mechanism == "libc" else _arm_python)(fault)
-    cli.main()
+    main()
 
 
 # ---- faults within a process ----

@@ -22,6 +22,8 @@ from tests.runs import rows
 # Chains of three kills for each kind.
 CHAINS = 9
 KILLS = 3
+# Into which the kills at each call are divided.
+PARTS = 8
 
 
 def kill_at_random(runs: Runs, kind: str, run: Path, seed: int) -> None:
@@ -77,8 +79,8 @@ def test_the_undisturbed_run_takes_every_pair_once_an_epoch(runs, kind, monkeypa
 # ---- at every change of a file ----
 
 
-def kill_at_each_call(runs: Runs, kind: str, directory: Path, mechanism: str, every: int = 1) -> None:
-    """Kill the last steps of a run at each change they make to a file, or each `every`-th, and resume."""
+def kill_at_calls(runs: Runs, kind: str, directory: Path, mechanism: str, first: int, every: int) -> None:
+    """Kill the last steps of a run at each `every`-th change they make to a file, from the `first` on, and resume."""
     if mechanism == "libc" and runs.why_no_shim:
         pytest.skip(runs.why_no_shim)
     reference, run, record = runs.reference(kind), directory / "run", directory / "record"
@@ -93,7 +95,7 @@ def kill_at_each_call(runs: Runs, kind: str, directory: Path, mechanism: str, ev
 
     total = len(changes(0))
     reference.equals(run)
-    for call in range(1, total + 1, every):
+    for call in range(first, total + 1, every):
         shutil.rmtree(run)
         last = changes(call)[-1]
         is_sound(run)
@@ -103,18 +105,18 @@ def kill_at_each_call(runs: Runs, kind: str, directory: Path, mechanism: str, ev
         except AssertionError as error:
             raise AssertionError(f"killed at call {call}, {last}") from error
         tally[f"SIGKILLs at a {last.split()[0]} ({mechanism})"] += 1
-        if call % 10 == 1:
-            print(f"{kind}: killed at {call} of {total} calls ({mechanism})", flush=True)
+    print(f"{kind}: killed at calls {first}, {first + every}, ... of {total} ({mechanism})", flush=True)
 
 
 @pytest.mark.parametrize("mechanism", ["python", "libc"])
 def test_a_kill_at_some_calls(runs, tmp_path, mechanism):
-    kill_at_each_call(runs, "file-lora", tmp_path, mechanism, every=61)
+    kill_at_calls(runs, "file-lora", tmp_path, mechanism, first=7, every=61)
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize(
     ("kind", "mechanism"), [("file-lora", "libc"), ("stream-full", "libc"), ("file-full", "python")]
 )
-def test_a_kill_at_each_call(runs, tmp_path, kind, mechanism):
-    kill_at_each_call(runs, kind, tmp_path, mechanism)
+def test_a_kill_at_each_call(runs, tmp_path, kind, mechanism, part):
+    kill_at_calls(runs, kind, tmp_path, mechanism, first=1 + part, every=PARTS)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -454,6 +455,15 @@ def test_an_optimizer_that_the_device_has_not_is_an_error_before_anything_is_wri
     with pytest.raises(InputError, match="paged_adamw_8bit runs on cuda"):
         train(load_recipe(tiny_recipe(train={"optimizer": "paged_adamw_8bit"})))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_surplus_checkpoint_that_a_kill_left_at_the_end_goes_on_resumption(tiny_recipe, tmp_path):
+    recipe = load_recipe(tiny_recipe(train={"save_total_limit": 1}))
+    train(recipe)
+    checkpoints = tmp_path / "run/checkpoints"
+    shutil.copytree(checkpoints / "step-000004", checkpoints / "step-000003")
+    train(recipe, Start(resume=True))
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000004"]
 
 
 def test_a_checkpoint_of_another_run_is_refused(tiny_recipe, tiny_run, tmp_path):
