@@ -130,7 +130,7 @@ def data(
         else:
             findings.show(figures)
         for warning in figures["warnings"]:
-            terminal.warn(warning)
+            terminal.warn(terminal.visible(warning))
     if not summary:
         for pair in islice(shown, None if row else pairs):
             findings.show_pair(

@@ -161,25 +161,25 @@ def _count(data: Data, pairs: PairSet, sets: Mapping[str, PairSet], counted: Map
             assert isinstance(whole, Drop)
             counted[first].drop(index, whole)
             continue
-        outcomes: dict[str, TokenizedPair | Drop] = dict.fromkeys(POLICIES, whole)
-        if isinstance(whole, Drop) or data.tokenise.too_long(
-            max(len(whole.chosen_ids), len(whole.rejected_ids)), max(whole.chosen_start, whole.rejected_start)
-        ):
-            outcomes = {policy: tokenise.batch([(index, pair)])[0] for policy, tokenise in policies.items()}
-        used = outcomes[data.tokenise.overlong]
-        if index in pairs.excluded and not _is_in(sets.get("eval"), index):
-            used = Drop("duplicate", "the same pair occurred before")
         name = next((name for name, of in sets.items() if _is_in(of, index)), first)
-        if isinstance(whole, TokenizedPair) and not (isinstance(used, Drop) and used.reason == "duplicate"):
-            counted[name].measure(whole, outcomes)
+        if index in pairs.excluded and not _is_in(sets[name], index):
+            counted[name].drop(index, Drop("duplicate", "the same pair occurred before"))
+            continue
+        if isinstance(whole, Drop):
+            [found] = data.tokenise.batch([(index, pair)])  # by the recipe, it may be too long in the first place
+            counted[name].drop(index, found if isinstance(found, Drop) else whole)
+            continue
+        outcomes = {policy: tokenise.fit(pair, whole) for policy, tokenise in policies.items()}
+        counted[name].measure(whole, outcomes)
+        used = outcomes[data.tokenise.overlong]
         if isinstance(used, Drop):
             counted[name].drop(index, used)
         else:
-            counted[name].keep(index, pair, whole if isinstance(whole, TokenizedPair) else used, used)
+            counted[name].keep(index, pair, whole, used)
 
 
-def _is_in(pairs: PairSet | None, index: int) -> bool:
-    return pairs is not None and pairs.held is not None and index in pairs.held
+def _is_in(pairs: PairSet, index: int) -> bool:
+    return pairs.held is not None and index in pairs.held
 
 
 # Warnings: what was found, and what to do about it

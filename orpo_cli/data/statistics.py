@@ -230,7 +230,7 @@ class KeyFile:
         def found(column: str, what: str, rest: str = "") -> list[tuple[Any, ...]]:
             return self.query(
                 f"SELECT {what} FROM (SELECT a.position AS held, (SELECT min(b.position) FROM pairs AS b "
-                f"WHERE NOT b.held_out AND b.{column} = a.{column}) AS trained FROM pairs AS a WHERE a.held_out) "
+                f"WHERE b.held_out = 0 AND b.{column} = a.{column}) AS trained FROM pairs AS a WHERE a.held_out = 1) "
                 f"WHERE trained IS NOT NULL {rest}"
             )
 

@@ -295,16 +295,32 @@ class PairTokenizer:
                 raise Drop("empty", f"{name} has {count} tokens, fewer than {self.min_response_tokens}")
             if side.start < 1:
                 raise Drop("empty", "no token stands before the response: an empty prompt, and no BOS")
-        too_long = self.too_long(max(len(chosen.ids), len(rejected.ids)), max(chosen.start, rejected.start))
+        return self._to_length(pair, index, chosen, rejected)
+
+    def fit(self, pair: Pair, whole: TokenizedPair) -> TokenizedPair | Drop:
+        """Bring a pair to length that was tokenised without limits (`under(..., limited=False)`), or drop it.
+
+        Raises DataError under `overlong: error`.
+        """
+        chosen = _Tokens(whole.chosen_ids, whole.chosen_start, whole.assistant_mask)
+        rejected = _Tokens(whole.rejected_ids, whole.rejected_start, None)
+        try:
+            return self._to_length(pair, whole.index, chosen, rejected)
+        except Drop as drop:
+            return drop
+
+    def _to_length(self, pair: Pair, index: int, chosen: _Tokens, rejected: _Tokens) -> TokenizedPair:
+        """Apply the length policy, and drop what is then the same on both sides."""
+        too_long = self._too_long(max(len(chosen.ids), len(rejected.ids)), max(chosen.start, rejected.start))
         if too_long:
-            chosen, rejected = self._to_length(pair, index, chosen, rejected, too_long)
+            chosen, rejected = self._shortened(pair, index, chosen, rejected, too_long)
         if np.array_equal(chosen.ids, rejected.ids):
             raise Drop("identical", "chosen and rejected are the same tokens")
         return TokenizedPair(
             index, chosen.ids, rejected.ids, chosen.start, rejected.start, chosen.mask, truncated=bool(too_long)
         )
 
-    def too_long(self, longest: int, prompt: int) -> str:
+    def _too_long(self, longest: int, prompt: int) -> str:
         """Which limit is exceeded by a pair whose longer side and whose prompt have so many tokens; "" if none is."""
         if longest > self.max_length:
             return f"{longest:,} tokens exceed max_length {self.max_length:,}"
@@ -312,7 +328,7 @@ class PairTokenizer:
             return f"{prompt:,} prompt tokens exceed max_prompt_length {self.max_prompt_length:,}"
         return ""
 
-    def _to_length(
+    def _shortened(
         self, pair: Pair, index: int, chosen: _Tokens, rejected: _Tokens, too_long: str
     ) -> tuple[_Tokens, _Tokens]:
         """Apply `overlong`: drop, error, or shorten the prompt first by whole messages, then by tokens."""

@@ -17,7 +17,7 @@ _COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
 
 def show(summary: Mapping[str, Any]) -> None:
     """Print everything that was counted but the warnings."""
-    _line(f"template: {summary['template']}, a turn ends with {summary['end_of_turn']}")
+    _line(f"template: {summary['template']}, a turn ends with {visible(summary['end_of_turn'])}")
     if summary["added_tokens"]:
         _line(f"  tokens added to the vocabulary: {' '.join(summary['added_tokens'])}")
     for name, title in (("train", "training"), ("eval", "held-out")):

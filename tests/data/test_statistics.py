@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -141,3 +143,24 @@ def test_an_answer_cannot_pass_for_another_pairs_prompt():
         keys.add(False, position, pair)
     found = keys.duplicates(False, str)
     assert (found["pairs"], found["prompts"], found["swapped"]) == (0, 1, 0)
+
+
+_PEAK = """
+import resource, sys
+from orpo_cli.data.formats import Pair
+from orpo_cli.data.statistics import KeyFile
+keys = KeyFile()
+for i in range(int(sys.argv[1])):
+    keys.add(i % 10 == 0, i, Pair(f"question {i // 3}", "yes", "no"))
+keys.duplicates(False, str)
+keys.overlap(str, str)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_keys_take_no_more_memory_for_more_pairs():
+    peaks = [
+        int(subprocess.run([sys.executable, "-c", _PEAK, str(pairs)], check=True, capture_output=True).stdout)
+        for pairs in (100_000, 300_000)
+    ]
+    assert peaks[1] < 1.05 * peaks[0]

@@ -593,12 +593,17 @@ def test_truncation_equals_brute_force(setting, overlong, add_bos):
             }
             tokenize = PairTokenizer(tokenizer, whole.template, overlong=overlong, add_bos=add_bos, **policy)
             expected = brute_force(whole, pair, overlong, add_bos=add_bos, **policy)
+            fitted = tokenize.fit(pair, whole.under("drop", limited=False)(pair, index))
             if isinstance(expected, str):
+                assert isinstance(fitted, Drop)
+                assert fitted.reason == expected
                 assert reason(tokenize, pair) == expected
                 outcomes.add(expected)
                 continue
             result = tokenize(pair, index)
             assert_equal(result, expected)
+            assert_equal(fitted, expected)
+            assert fitted.truncated == result.truncated
             assert max(len(result.chosen_ids), len(result.rejected_ids)) <= policy["max_length"]
             assert min(result.chosen_start, result.rejected_start) >= 1
             full = whole(pair, 0)
