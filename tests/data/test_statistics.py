@@ -125,7 +125,8 @@ def test_keys_count_as_brute_force_does_in_two_sets():
         found = keys.duplicates(held_out, str)
         assert found["pairs"] == len(listed) - len(set(listed)) > 0
         assert found["prompts"] == len(listed) - len({prompt for prompt, _, _ in listed})
-        assert found["swapped"] == sum((p, r, c) in set(listed) for p, c, r in listed) > 0
+        distinct = set(listed)
+        assert found["swapped"] == sum((p, r, c) in distinct for p, c, r in listed) > 0
         assert len(found["examples"]) == len(found["swapped_examples"]) == 3
     trained = set(pairs[False])
     prompts = {prompt for prompt, _, _ in trained}
@@ -161,6 +162,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 def test_keys_take_no_more_memory_for_more_pairs():
     peaks = [
         int(subprocess.run([sys.executable, "-c", _PEAK, str(pairs)], check=True, capture_output=True).stdout)
-        for pairs in (100_000, 300_000)
+        for pairs in (60_000, 180_000)
     ]
     assert peaks[1] < 1.05 * peaks[0]
