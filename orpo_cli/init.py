@@ -57,7 +57,8 @@ def write_converted(source: Path, output: Path, *, overwrite: bool) -> list[str]
     What is missing or impossible is left to be corrected: the file is there, and RecipeError lists its faults.
     """
     from orpo_cli.recipe import load_recipe
-    from orpo_cli.recipe.convert import convert, written
+    from orpo_cli.recipe.conversion import written
+    from orpo_cli.recipe.convert import convert
 
     draft = convert(source)
     template = output.with_suffix(".jinja")
@@ -68,4 +69,4 @@ def write_converted(source: Path, output: Path, *, overwrite: bool) -> list[str]
         draft.tree["model"]["chat_template"] = str(template)
     write_file(output, written(draft))
     load_recipe(output)
-    return [f"{source}{f':{line}' if line else ''}: {said}" for line, said in sorted(draft.left_out)]
+    return [f"{source}{f':{line}' if line else ''}: {said}" for line, said in sorted(draft.remarks)]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_cli.errors import InputError
-from orpo_cli.run import RunDirectory, open_run
+from orpo_cli.run import LOCK, RunDirectory, open_run
 
 FIGURES = {"accuracy": True, "log_odds_ratio": True, "chosen_perplexity": False, "loss": False}
 """The held-out figures of the table, by their names in `eval.json`: whether higher is better."""
@@ -83,7 +83,7 @@ def describe(run: RunDirectory) -> dict[str, Any]:
 def is_running(run: RunDirectory) -> bool:
     """Whether a process holds the run's lock at this moment."""
     try:
-        descriptor = os.open(run.path / ".lock", os.O_RDONLY)
+        descriptor = os.open(run.path / LOCK, os.O_RDONLY)
     except OSError:
         return False
     try:

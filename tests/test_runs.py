@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orpo_cli.errors import InputError
-from orpo_cli.run import RunDirectory
+from orpo_cli.run import LOCK, RunDirectory
 from orpo_cli.runs import describe, find_runs, list_runs, table
 
 
@@ -39,11 +38,12 @@ def test_what_is_not_finished(run):
     assert (describe(run)["state"], describe(run)["step"]) == ("interrupted", 5)
 
 
-def test_a_run_that_is_locked_is_running(run):
-    with (run.path / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def test_a_run_that_is_written_to_is_running(run):
+    with run.claimed(resume=True, overwrite=False):
         assert describe(run)["state"] == "running"
-    assert describe(run)["state"] == "finished"  # the file stays when a run is killed; the lock does not
+    assert describe(run)["state"] == "finished"
+    (run.path / LOCK).touch()  # the file stays when a run is killed; the lock does not
+    assert describe(run)["state"] == "finished"
 
 
 def test_what_is_half_written_or_damaged_spoils_nothing(run):

@@ -7,18 +7,13 @@ else the file says is left out and named, each key with why. Nothing is dropped 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from orpo_cli.errors import RecipeError
 from orpo_cli.recipe import foreign, strict_yaml
-from orpo_cli.recipe.checks import NOT_YET
-from orpo_cli.recipe.faults import allowed, annotation_at, either
+from orpo_cli.recipe.conversion import Conversion, listed
 from orpo_cli.recipe.load import read_text
-from orpo_cli.recipe.schema import Recipe
 from orpo_cli.recipe.strict_yaml import YamlFault
 
 AXOLOTL, LLAMA_FACTORY, TRL, HANDBOOK = "axolotl", "LLaMA-Factory", "TRL", "alignment-handbook"
@@ -42,13 +37,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "warmup_ratio": 0.03,
         "sequence_len": 512,
     },
-    LLAMA_FACTORY: {**_HF_DEFAULTS, "cutoff_len": 2048, "lora_rank": 8, "lora_dropout": 0.0, "finetuning_type": "lora"},
-    TRL: _TRL_DEFAULTS,
+    LLAMA_FACTORY: {
+        **_HF_DEFAULTS,
+        "cutoff_len": 2048,
+        "lora_rank": 8,
+        "lora_target": "all",
+        "finetuning_type": "lora",
+    },
+    TRL: {**_TRL_DEFAULTS, "bf16": True},
     HANDBOOK: _TRL_DEFAULTS,
 }
 
 # Names that mean the same in all tools that have them, beside those that are spelt like ours.
 _SAME = {
+    "model.eos_token": ("eos_token",),
     "model.revision": ("base_model_revision", "revision_of_model", "model_revision"),
     "model.load_in_4bit": ("load_in_4bit",),
     "model.load_in_8bit": ("load_in_8bit",),
@@ -68,9 +70,6 @@ _SAME = {
     "train.logging_steps": ("logging_steps",),
     "train.save_total_limit": ("save_total_limit",),
     "output.dir": ("output_dir",),
-}
-_SAME_LORA = {
-    "lora.r": ("lora_r", "lora_rank"),
     "lora.alpha": ("lora_alpha",),
     "lora.dropout": ("lora_dropout",),
     "lora.use_rslora": ("use_rslora", "peft_use_rslora"),
@@ -86,72 +85,6 @@ _TEMPLATES = {
 }
 
 
-@dataclass
-class Conversion:
-    """A recipe of ours in the making: what is carried over, in whose words, and what is not."""
-
-    path: Path
-    tool: str
-    given: dict[str, Any]
-    """The other tool's keys that are still to be looked at, without blank ones."""
-    lines: dict[str, int]
-    tree: dict[str, Any] = field(default_factory=lambda: {section: {} for section in Recipe.model_fields})
-    """Our recipe: the keys that differ from our defaults, by section."""
-    comments: dict[str, str] = field(default_factory=dict)
-    """Our dotted key -> what stands beside it in the file."""
-    left_out: list[tuple[int, str]] = field(default_factory=list)
-    """(line, what to know), for what the file says and ours does not."""
-    template: str | None = None
-    """A chat template written out in the recipe, which ours keeps in a file of its own."""
-
-    def take(self, *names: str, default: bool = True) -> Any:
-        """The value of the first of the names that is given, else the tool's default, else None."""
-        for name in names:
-            if name in self.given:
-                return self.given.pop(name)
-        defaults = DEFAULTS[self.tool] if default else {}
-        return next((defaults[name] for name in names if name in defaults), None)
-
-    def put(self, key: str, value: Any, name: str, comment: str = "") -> None:
-        """Set our key to what the other tool's `name` says, unless it is our default or nothing that ours may be."""
-        annotation = annotation_at(tuple(key.split(".")))
-        fitting = [v for v in (value, _as_number(value)) if _is_valid(annotation, v)]
-        if not fitting:
-            shown = json.dumps(value, ensure_ascii=False, default=str)
-            self.leave(name, f"{shown[:60]} is none of what {key} may be: {either(allowed(annotation))}")
-            return
-        value = fitting[0]
-        values_today, instead = NOT_YET.get(key, ((value,), ""))
-        if value not in values_today:
-            self.leave(name, f"{key} comes with a later version; {instead}")
-            return
-        section, _, last = key.partition(".")
-        if value == _default(section, last):
-            return
-        self.tree[section][last] = value
-        if not comment and name in DEFAULTS[self.tool] and name not in self.lines:
-            comment = f"{self.tool}'s default"
-        if comment:
-            self.comments[key] = comment
-
-    def carry(self, table: dict[str, tuple[str, ...]]) -> None:
-        """Take all keys of a table that mean the same as ours."""
-        for key, names in table.items():
-            name = next((name for name in names if name in self.given or name in DEFAULTS[self.tool]), None)
-            if name is not None:
-                self.put(key, self.take(name), name)
-
-    def leave(self, name: str, why: str) -> None:
-        """Note a key of the other tool that is not carried over."""
-        self.given.pop(name, None)
-        self.left_out.append((self.lines.get(name, 0), f"{name}: {why}"))
-
-    @property
-    def is_trl(self) -> bool:
-        """Whether TRL's trainer does the work, under whatever name."""
-        return self.tool != LLAMA_FACTORY
-
-
 def convert(path: Path) -> Conversion:
     """Read another tool's recipe. Raises RecipeError where it is none that can become one of ours."""
     try:
@@ -162,23 +95,22 @@ def convert(path: Path) -> Conversion:
         raise RecipeError(f"{path}: a recipe is a mapping, and this is none")
     given = {name: value for name, value in tree.value.items() if value is not None}
     lines = {name: tree.written[name].line for name in tree.value}
-    draft = Conversion(path, _tool(path, given, lines), given, lines)
-    for name, line in tree.duplicates:
-        draft.left_out.append((line, f"{name}: given twice; the first one counts"))
+    tool = _tool(path, given, lines)
+    draft = Conversion(path, tool, given, lines, DEFAULTS[tool])
+    draft.remarks += [(line, f"{name}: given twice; the first one counts") for name, line in tree.duplicates]
     for name in ("rl", "stage", "pref_loss"):
         draft.take(name)  # they have said that it is for ORPO
     _model(draft)
     _lora(draft)
-    {AXOLOTL: _axolotl_data, LLAMA_FACTORY: _llamafactory_data, TRL: _trl_data, HANDBOOK: _handbook_data}[draft.tool](
-        draft
-    )
+    readers = {AXOLOTL: _axolotl_data, LLAMA_FACTORY: _llamafactory_data, TRL: _trl_data, HANDBOOK: _handbook_data}
+    readers[tool](draft)
     _length_and_loss(draft)
     _train(draft)
     _output(draft)
     for name in list(draft.given):
         draft.leave(name, _why_left(name))
-    if draft.tool in (TRL, HANDBOOK):
-        draft.left_out.append((0, f"no recipe of {draft.tool} says which method it is for; taken for ORPO's"))
+    if tool in (TRL, HANDBOOK):
+        draft.remark(f"no recipe of {tool} says which method it is for; taken for ORPO's")
     return draft
 
 
@@ -214,14 +146,14 @@ def _why_left(name: str) -> str:
 
 
 def _model(draft: Conversion) -> None:
-    names = ("base_model", "model_name_or_path")
-    draft.put("model.name_or_path", draft.take(*names), next((n for n in names if n in draft.lines), names[0]))
+    if (name := draft.named("base_model", "model_name_or_path")) is not None:
+        draft.put("model.name_or_path", draft.take(name), name)
     _dtype(draft)
-    bits = draft.take("quantization_bit")
-    if bits is not None:
-        draft.put(
-            f"model.load_in_{bits}bit" if bits in (4, 8) else "model.load_in_4bit", bits in (4, 8), "quantization_bit"
-        )
+    if (bits := draft.number("quantization_bit")) is not None:
+        if bits in (4, 8):
+            draft.put(f"model.load_in_{bits}bit", True, "quantization_bit")
+        else:
+            draft.leave("quantization_bit", f"{bits}: there are 4 and 8")
     for name in ("attn_implementation", "flash_attn", "flash_attention", "use_flash_attention_2"):
         if draft.take(name) not in (None, "auto", False):
             draft.leave(name, "left auto: both answers share their prompt by an attention of its own")
@@ -235,27 +167,23 @@ def _model(draft: Conversion) -> None:
     if isinstance(tokens, dict) and "eos_token" in tokens:
         draft.put("model.eos_token", tokens.pop("eos_token"), "special_tokens")
     if tokens:
-        others = ", ".join(tokens) if isinstance(tokens, dict) else tokens
+        others = ", ".join(map(str, tokens)) if isinstance(tokens, dict | list) else tokens
         draft.leave("special_tokens", f"{others}: not needed; there is no padding, the rest is the template's")
-    if (eos := draft.take("eos_token")) is not None:
-        draft.put("model.eos_token", eos, "eos_token")
     if (thinking := draft.take("enable_thinking")) is not None:
         draft.put("model.chat_template_kwargs", {"enable_thinking": thinking}, "enable_thinking")
-    draft.carry({key: names for key, names in _SAME.items() if key.startswith("model.")})
+    draft.carry(_SAME, "model.")
 
 
 def _dtype(draft: Conversion) -> None:
     """`bf16: true` computes in bfloat16 whatever dtype the weights are loaded in."""
-    stated = {name: draft.take(name) for name in ("bf16", "bfloat16", "fp16", "float16", "pure_bf16")}
+    loaded_by = draft.named("torch_dtype", "dtype")
     loaded = draft.take("torch_dtype", "dtype")
-    for name, value in stated.items():
-        if value is True:
-            draft.put("model.dtype", "bfloat16" if "b" in name else "float16", name)
-            return
-    if loaded is not None:
-        draft.put(
-            "model.dtype", foreign.VALUES.get(str(loaded), loaded), "dtype" if "dtype" in draft.lines else "torch_dtype"
-        )
+    half = {name: draft.take(name) for name in ("fp16", "float16", "bf16", "bfloat16", "pure_bf16")}
+    wanted = next((name for name, value in half.items() if value is True), None)
+    if wanted is not None:
+        draft.put("model.dtype", "bfloat16" if "b" in wanted else "float16", wanted)
+    elif loaded_by is not None:
+        draft.put("model.dtype", _word(loaded), loaded_by)
 
 
 def _template(draft: Conversion) -> None:
@@ -264,47 +192,48 @@ def _template(draft: Conversion) -> None:
         if value is None or (name == "chat_template" and (value == "jinja" or draft.template is not None)):
             continue
         if "{" in str(value):
-            draft.template = value
+            draft.template = str(value)
         elif str(value).endswith(".jinja"):
             draft.tree["model"]["chat_template"] = value  # the loader looks whether it is there
-        elif value in _TEMPLATES:
+        elif str(value) in _TEMPLATES:
             draft.put("model.chat_template", _TEMPLATES[value], name)
         else:
-            draft.leave(
-                name, f"{value}: no template of ours; left auto, the tokenizer's own, or write it to a file.jinja"
-            )
+            draft.leave(name, f"{value}: no template of ours; left auto (the tokenizer's own), or write it to a file")
 
 
 # -------------------------------------------------------------------------------------------------------- lora
 
 
 def _lora(draft: Conversion) -> None:
+    settings = [
+        name for name in draft.given if name.startswith(("lora_", "peft_")) or name in ("use_rslora", "use_dora")
+    ]
     if not _wants_lora(draft):
         draft.tree["lora"] = None
-        for name in [
-            name for name in draft.given if name.startswith(("lora_", "peft_")) or name in ("use_rslora", "use_dora")
-        ]:
-            draft.leave(name, "a full fine-tune has no adapter")
-        return
-    if (adapter := draft.take("lora_model_dir", "adapter_name_or_path")) is not None:
-        draft.put("lora.adapter", adapter, "adapter_name_or_path")
-        for name in [name for name in draft.given if name.startswith(("lora_", "peft_"))]:
-            draft.leave(name, "the configuration of lora.adapter decides it")
-        return
-    rank = draft.given.get("lora_rank", DEFAULTS[LLAMA_FACTORY]["lora_rank"])
-    if draft.tool == LLAMA_FACTORY and "lora_alpha" not in draft.given:
-        draft.put("lora.alpha", 2 * rank, "lora_alpha", "LLaMA-Factory's default: twice the rank")
-    draft.carry(_SAME_LORA)
-    _lora_targets(draft)
-    if (whole := draft.take("lora_modules_to_save", "additional_target")) is not None:
-        draft.put("lora.modules_to_save", _listed(whole), "lora_modules_to_save")
+        for setting in settings:
+            draft.leave(setting, "a full fine-tune has no adapter")
+    elif (adapter := draft.named("lora_model_dir", "adapter_name_or_path")) is not None:
+        draft.put("lora.adapter", draft.take(adapter), adapter)
+        for setting in settings:
+            if setting != adapter:
+                draft.leave(setting, "the configuration of lora.adapter decides it")
+    else:
+        rank = draft.number("lora_r", "lora_rank")
+        if rank is not None:
+            draft.put("lora.r", rank, "lora_r" if "lora_r" in draft.lines else "lora_rank")
+            if draft.tool == LLAMA_FACTORY and "lora_alpha" not in draft.given:
+                draft.put("lora.alpha", 2 * rank, "lora_alpha", "LLaMA-Factory's default: twice the rank")
+        draft.carry(_SAME, "lora.")
+        _lora_targets(draft)
+        if (whole := draft.named("lora_modules_to_save", "additional_target")) is not None:
+            draft.put("lora.modules_to_save", listed(draft.take(whole)), whole)
 
 
 def _wants_lora(draft: Conversion) -> bool:
     """Whether an adapter is trained; RecipeError for what is neither that nor a full fine-tune."""
     name = {AXOLOTL: "adapter", LLAMA_FACTORY: "finetuning_type"}.get(draft.tool, "use_peft")
     method = draft.take(name)
-    if method not in ("lora", "qlora", True, "full", False, None):
+    if isinstance(method, list | dict) or method not in ("lora", "qlora", True, "full", False, None):
         at = f"{draft.path}:{draft.lines[name]}: {name}"
         raise RecipeError(f"{at}: {method} has no counterpart", "there are LoRA and a full fine-tune")
     if method == "qlora":
@@ -313,23 +242,16 @@ def _wants_lora(draft: Conversion) -> bool:
 
 
 def _lora_targets(draft: Conversion) -> None:
-    everything = draft.take("lora_target_linear")
-    targets = draft.take("lora_target_modules", "lora_target")
-    name = "lora_target" if draft.tool == LLAMA_FACTORY else "lora_target_modules"
-    if (
-        everything
-        or targets in ("all", "all-linear", ["all-linear"])
-        or (draft.tool == LLAMA_FACTORY and targets is None)
-    ):
+    if draft.take("lora_target_linear") is True:
         return
-    if targets is not None:
-        draft.put(
-            "lora.target_modules", _listed(targets) if isinstance(targets, list) or "," in targets else targets, name
-        )
-    else:
-        draft.left_out.append(
-            (0, f"{name} is not given, which leaves it to peft (mostly q_proj, v_proj); all-linear here")
-        )
+    name = draft.named("lora_target_modules", "lora_target")
+    if name is None:
+        draft.remark("no layers are named for LoRA, which leaves them to peft (mostly q_proj, v_proj); all-linear here")
+        return
+    targets = draft.take(name)
+    if targets not in ("all", "all-linear", ["all-linear"]):
+        several = isinstance(targets, list) or "," in str(targets)
+        draft.put("lora.target_modules", listed(targets) if several else targets, name)
 
 
 # -------------------------------------------------------------------------------------------------------- data
@@ -337,43 +259,30 @@ def _lora_targets(draft: Conversion) -> None:
 
 def _axolotl_data(draft: Conversion) -> None:
     for ours, name in (("train", "datasets"), ("eval", "test_datasets")):
-        entries = draft.take(name)
-        if entries is not None:
-            found = [_axolotl_source(draft, name, entry) for entry in _listed(entries)]
-            draft.tree["data"][ours] = _simplest(found)
+        _put_sources(draft, ours, [s for entry in draft.entries(name) for s in _axolotl_sources(draft, name, entry)])
     _holdout(draft, "val_set_size")
     if "strict" in draft.given:
         draft.leave("strict", "not needed: an unknown key is always an error; data.strict is about rows")
 
 
-def _axolotl_source(draft: Conversion, name: str, entry: Any) -> dict[str, Any]:
-    entry = dict(entry) if isinstance(entry, dict) else {"path": entry}
+def _axolotl_sources(draft: Conversion, name: str, entry: dict[str, Any]) -> list[dict[str, Any]]:
     source = _source(entry, {"path": "path", "name": "name", "split": "split", "revision": "revision"})
-    if files := _listed(entry.pop("data_files", None)):
-        source["path"] = files[0]
-        if len(files) > 1:
-            draft.left_out.append(
-                (draft.lines[name], f"{name}: of several data_files the first is taken; list the others")
-            )
-    fields = {**entry, **(entry["type"] if isinstance(entry.get("type"), dict) else {})}
-    columns = {
-        ours: fields[theirs]
-        for ours, theirs in (
-            ("prompt", "field_prompt"),
-            ("prompt", "field_messages"),
-            ("system", "field_system"),
-            ("chosen", "field_chosen"),
-            ("rejected", "field_rejected"),
-        )
-        if theirs in fields
-    }
-    _add_columns(source, columns)
+    files, kind = entry.pop("data_files", None), entry.pop("type", None)
     entry.pop("ds_type", None)
-    if entry.pop("type", None) is not None:
-        draft.left_out.append((draft.lines[name], f"{name}: type: not needed; the shape is recognised from the rows"))
-    if rest := sorted(key for key in entry if not key.startswith("field_")):
-        draft.left_out.append((draft.lines[name], f"{name}: {', '.join(rest)}: no counterpart in a source"))
-    return source
+    fields = {**entry, **(kind if isinstance(kind, dict) else {})}
+    theirs = {
+        "prompt": "field_prompt",
+        "system": "field_system",
+        "chosen": "field_chosen",
+        "rejected": "field_rejected",
+    }
+    if "field_messages" in fields:
+        theirs["prompt"] = "field_messages"
+    _add_columns(source, {ours: fields[field] for ours, field in theirs.items() if field in fields})
+    if kind is not None:
+        draft.remark(f"{name}: type: not needed; the shape is recognised from the rows", name)
+    _say_rest(draft, name, [key for key in entry if not str(key).startswith("field_")])
+    return _of_files(source, files)
 
 
 def _llamafactory_data(draft: Conversion) -> None:
@@ -383,68 +292,54 @@ def _llamafactory_data(draft: Conversion) -> None:
         known = json.loads(listing.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = {}
-    most = draft.take("max_samples")
+    most = draft.number("max_samples")
     for ours, name in (("train", "dataset"), ("eval", "eval_dataset")):
-        names = _listed(draft.take(name))
-        if not names:
-            continue
         sources = []
-        for dataset in names:
+        for dataset in map(str, listed(draft.take(name))):
             if dataset not in known:
-                draft.left_out.append(
-                    (
-                        draft.lines[name],
-                        f"{name}: {dataset} is not in {listing}; taken for a path or hub id: correct data.{ours}",
-                    )
+                draft.remark(
+                    f"{name}: {dataset} is not in {listing}; taken for a path or hub id: see data.{ours}", name
                 )
-            sources.append(_llamafactory_source(known.get(dataset, {"hf_hub_url": dataset}), folder, most))
-        draft.tree["data"][ours] = _simplest(sources)
+            sources.append(_llamafactory_source(known.get(dataset, {"hf_hub_url": dataset}), folder))
+            if most is not None:
+                sources[-1]["max_pairs"] = min(most, sources[-1].get("max_pairs", most))
+        _put_sources(draft, ours, sources)
     _holdout(draft, "val_size")
     if draft.take("disable_shuffling") is True:
         draft.put("data.shuffle", False, "disable_shuffling")
 
 
-def _llamafactory_source(entry: dict[str, Any], folder: Path, most: int | None) -> dict[str, Any]:
+def _llamafactory_source(entry: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A source from an entry of dataset_info.json."""
     path = entry.get("hf_hub_url") or str(folder / entry.get("file_name", ""))
     source = {"path": path, **_source(dict(entry), {"subset": "name", "split": "split", "num_samples": "max_pairs"})}
-    if most is not None:
-        source["max_pairs"] = min(most, source.get("max_pairs", most))
     theirs = entry.get("columns", {})
-    ours = {"chosen": theirs.get("chosen"), "rejected": theirs.get("rejected"), "system": theirs.get("system")}
-    if "query" in theirs:  # the prompt, a line break, the query
-        ours |= {"instruction": theirs.get("prompt"), "input": theirs["query"]}
-    else:
-        ours |= {"prompt": theirs.get("messages") or theirs.get("prompt")}
-    # A dialogue and its two answers are recognised by their usual names.
-    usual = {"prompt": "conversations"} if ours.get("prompt") == "conversations" else {}
-    _add_columns(source, {key: column for key, column in ours.items() if column and usual.get(key) != column})
+    columns = {ours: theirs[ours] for ours in ("chosen", "rejected", "system") if theirs.get(ours)}
+    if theirs.get("query"):  # the prompt, a line break, the query
+        columns |= {"instruction": theirs.get("prompt", "instruction"), "input": theirs["query"]}
+    elif prompt := theirs.get("messages") or theirs.get("prompt"):
+        columns |= {"prompt": prompt} if prompt != "conversations" else {}  # which is recognised by that name
+    _add_columns(source, columns)
     return source
 
 
 def _trl_data(draft: Conversion) -> None:
-    listed = draft.take("datasets")
-    names = {"path": "path", "name": "name", "split": "split"}
-    if listed:
-        sources = []
-        for entry in map(dict, _listed(listed)):
-            source = _source(entry, names)
-            if files := _listed(entry.pop("data_files", None)):
-                source["path"] = files[0]
-            if entry:
-                draft.left_out.append(
-                    (draft.lines["datasets"], f"datasets: {', '.join(entry)}: no counterpart in a source")
-                )
-            sources.append(source)
-        draft.tree["data"]["train"] = _simplest(sources)
+    sources = []
+    for entry in draft.entries("datasets"):
+        source, files = (
+            _source(entry, {"path": "path", "name": "name", "split": "split"}),
+            entry.pop("data_files", None),
+        )
+        _say_rest(draft, "datasets", list(entry))
+        sources += _of_files(source, files)
+    _put_sources(draft, "train", sources)
     name, config = draft.take("dataset_name"), draft.take("dataset_config")
     train, test = draft.take("dataset_train_split"), draft.take("dataset_test_split")
     if name is not None:
-        base = {"path": name, **({"name": config} if config else {})}
-        draft.tree["data"]["train"] = _simplest(
-            [{**base, **({"split": train} if train not in (None, "train") else {})}]
-        )
+        source = {"path": name} | ({"name": config} if config else {})
+        _put_sources(draft, "train", [_at_split(source, train, usual="train")])
         if test is not None or draft.given.get("eval_strategy", "no") not in ("no", False):
-            draft.tree["data"]["eval"] = _simplest([{**base, **({"split": test} if test else {})}])
+            _put_sources(draft, "eval", [_at_split(source, test, usual=None)])
     _holdout(draft, "test_split_size")
     if draft.take("dataset_streaming", "streaming") is True:
         draft.put("data.streaming", True, "dataset_streaming")
@@ -452,35 +347,58 @@ def _trl_data(draft: Conversion) -> None:
 
 def _handbook_data(draft: Conversion) -> None:
     mixture = draft.take("dataset_mixture")
-    configs = _listed(draft.take("dataset_configs"))
-    splits = _listed(draft.take("dataset_splits")) or ["train", "test"]
-    mixer = draft.take("dataset_mixer") or {}
-    entries = [dict(entry) for entry in (mixture or {}).get("datasets", [])]
-    for number, (path, share) in enumerate(mixer.items()):
-        entries.append({"id": path, "weight": share} | ({"config": configs[number]} if number < len(configs) else {}))
-    name = "dataset_mixture" if mixture else "dataset_mixer"
-    train: list[dict[str, Any]] = []
-    for entry in entries:
-        if entry.pop("weight", 1.0) not in (1, 1.0):
-            draft.left_out.append(
-                (draft.lines[name], f"{name}: a share of {entry['id']}; write the max_pairs of its source")
-            )
-        train.append(_source(entry, {"id": "path", "config": "name", "split": "split"}))
-    held_out = [split for split in splits if "test" in split or "val" in split] if mixer else []
-    trained_on = [split for split in splits if split not in held_out] if mixer else []
-    for ours, chosen in (("train", trained_on), ("eval", held_out)):
-        sources = [{**source, **({"split": split} if split != ours else {})} for source in train for split in chosen]
-        if sources or (ours == "train" and train):
-            draft.tree["data"][ours] = _simplest(sources or train)
-    if mixture and mixture.get("test_split_size"):
-        draft.given["test_split_size"], draft.lines["test_split_size"] = mixture["test_split_size"], draft.lines[name]
+    mixer, configs, splits = (draft.take(name) for name in ("dataset_mixer", "dataset_configs", "dataset_splits"))
+    if isinstance(mixture, dict):
+        draft.given["datasets"], draft.lines["datasets"] = mixture.get("datasets"), draft.lines["dataset_mixture"]
+        draft.defaults = {**draft.defaults, "test_split_size": mixture.get("test_split_size")}
+        sources = []
+        for entry in draft.entries("datasets"):
+            _say_share(draft, "dataset_mixture", entry.get("id"), entry.pop("weight", None))
+            sources.append(_source(entry, {"id": "path", "config": "name", "split": "split"}))
+        _put_sources(draft, "train", sources)
+    if isinstance(mixer, dict):
+        names = [*listed(configs), *[None] * len(mixer)]
+        sources = [{"path": path} | ({"name": name} if name else {}) for path, name in zip(mixer, names, strict=False)]
+        for path, share in mixer.items():
+            _say_share(draft, "dataset_mixer", path, share)
+        wanted = [str(split) for split in listed(splits)] or ["train", "test"]
+        held_out = [split for split in wanted if "test" in split or "val" in split]
+        for ours, theirs in (("train", [split for split in wanted if split not in held_out]), ("eval", held_out)):
+            _put_sources(draft, ours, [_at_split(s, split, usual=ours) for s in sources for split in theirs])
     _holdout(draft, "test_split_size")
 
 
+def _put_sources(draft: Conversion, ours: str, sources: list[dict[str, Any]]) -> None:
+    """Set data.train or data.eval, written as one would by hand."""
+    short = [source["path"] if set(source) == {"path"} else source for source in sources]
+    if short:
+        draft.tree["data"][ours] = short[0] if len(short) == 1 else short
+
+
 def _holdout(draft: Conversion, name: str) -> None:
-    size = draft.take(name)
+    size = draft.number(name)
     if size and "eval" not in draft.tree["data"]:
-        draft.tree["data"]["eval"] = {"holdout": int(size) if size >= 1 else size}
+        draft.tree["data"]["eval"] = {"holdout": size}
+
+
+def _at_split(source: dict[str, Any], split: Any, *, usual: str | None) -> dict[str, Any]:
+    return source if split in (None, usual) else {**source, "split": split}
+
+
+def _of_files(source: dict[str, Any], files: Any) -> list[dict[str, Any]]:
+    """The source itself, or where it is `json` with its data_files, one a file."""
+    names = [name for group in files.values() for name in listed(group)] if isinstance(files, dict) else listed(files)
+    return [{**source, "path": name} for name in names] or [source]
+
+
+def _say_rest(draft: Conversion, name: str, rest: list[Any]) -> None:
+    if rest:
+        draft.remark(f"{name}: {', '.join(map(str, rest))}: no counterpart in a source", name)
+
+
+def _say_share(draft: Conversion, name: str, path: Any, share: Any) -> None:
+    if share not in (None, 1, 1.0):
+        draft.remark(f"{name}: a share of {path}; write the max_pairs of its source", name)
 
 
 def _source(entry: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
@@ -493,166 +411,103 @@ def _add_columns(source: dict[str, Any], columns: dict[str, str]) -> None:
         source["columns"] = columns
 
 
-def _simplest(sources: list[dict[str, Any]]) -> Any:
-    """Sources as one would write them by hand."""
-    short = [source["path"] if set(source) == {"path"} else source for source in sources]
-    return short[0] if len(short) == 1 else short
-
-
 # ---------------------------------------------------------------------------------------------- loss, train, output
 
 
 def _length_and_loss(draft: Conversion) -> None:
-    draft.carry({key: names for key, names in _SAME.items() if key.startswith(("data.", "loss."))})
-    if draft.is_trl:
-        draft.put("loss.nll_tokens", "all", "nll", "as in TRL: the prompt is learnt too; ours would be response")
-        draft.put("loss.nll_reduction", "token", "nll", "as in TRL: a mean over tokens; ours would be pair")
-    draft.left_out.append(
-        (0, f"pairs over data.max_length are dropped, where {draft.tool} truncates them (data.overlong)")
-    )
+    draft.carry(_SAME, "data.", "loss.")
+    if draft.tool != LLAMA_FACTORY:  # the others leave it to TRL's trainer
+        draft.put("loss.nll_tokens", "all", "", "as in TRL: the prompt is learnt too; ours would be response")
+        draft.put("loss.nll_reduction", "token", "", "as in TRL: a mean over tokens; ours would be pair")
+    draft.remark(f"pairs over data.max_length are dropped, where {draft.tool} truncates them (data.overlong)")
 
 
 def _train(draft: Conversion) -> None:
     _batch(draft)
-    draft.carry({key: names for key, names in _SAME.items() if key.startswith("train.")})
-    steps = draft.take("max_steps")
-    if steps is not None and steps > 0:
+    draft.carry(_SAME, "train.")
+    steps = draft.number("max_steps")
+    if steps is not None and steps > 0:  # -1 is no limit
         draft.put("train.max_steps", steps, "max_steps")
     _schedule(draft)
-    optimizer = draft.take("optim", "optimizer")
-    if optimizer is not None:
-        name = "optim" if "optim" in draft.lines else "optimizer"
-        draft.put("train.optimizer", foreign.VALUES.get(optimizer, optimizer), name)
+    if (name := draft.named("optim", "optimizer")) is not None:
+        draft.put("train.optimizer", _word(draft.take(name)), name)
     if draft.take("train_sampling_strategy") == "sequential":
         draft.put("data.shuffle", False, "train_sampling_strategy")
-    _intervals(draft)
+    _evaluations(draft)
+    _checkpoints(draft)
 
 
 def _batch(draft: Conversion) -> None:
     name = "micro_batch_size" if draft.tool == AXOLOTL else "per_device_train_batch_size"
-    device, accumulated = draft.take(name), draft.take("gradient_accumulation_steps")
-    if not (isinstance(device, int) and isinstance(accumulated, int)):
-        draft.leave(name, "not carried over: train.batch_size is a whole number of pairs")
+    micro, accumulated = draft.number(name), draft.number("gradient_accumulation_steps")
+    if micro is None or accumulated is None:
         return
-    how = f"{name} {device} * gradient_accumulation_steps {accumulated}"
-    draft.put(
-        "train.batch_size", device * accumulated, name, f"{device} * {accumulated}; on N devices it was N times that"
-    )
-    draft.left_out.append(
-        (draft.lines.get(name, 0), f"{how} is train.batch_size on one device; on N it was N times that")
-    )
+    product = f"{micro} * {accumulated}"
+    draft.put("train.batch_size", micro * accumulated, name, f"{product}; on N devices it was N times that")
+    draft.remark(f"{name} * gradient_accumulation_steps: {product} on one device; on N it was N times that", name)
 
 
 def _schedule(draft: Conversion) -> None:
     name = "lr_scheduler" if draft.tool == AXOLOTL else "lr_scheduler_type"
-    kind = draft.take(name)
-    draft.put("train.lr_scheduler_type", foreign.VALUES.get(kind, kind), name)
+    kind = _word(draft.take(name))
+    draft.put("train.lr_scheduler_type", kind, name)
     settings = draft.take("lr_scheduler_kwargs")
-    lowest = draft.take("cosine_min_lr_ratio", "min_lr_rate")
-    if isinstance(settings, dict) and "min_lr_rate" in settings:
-        lowest = settings.pop("min_lr_rate")
-    if lowest is not None:
-        draft.put("train.min_lr_ratio", lowest, "min_lr_rate")
+    lowest = settings.pop("min_lr_rate", None) if isinstance(settings, dict) else None
     if settings:
-        draft.leave("lr_scheduler_kwargs", f"{settings}: only the lowest rate can be set, train.min_lr_ratio")
-    steps, share = draft.take("warmup_steps"), draft.take("warmup_ratio")
+        draft.leave("lr_scheduler_kwargs", "only the lowest rate can be set, train.min_lr_ratio")
+    if (lowest := draft.number("cosine_min_lr_ratio", "min_lr_rate") or lowest) is not None:
+        draft.put(
+            "train.min_lr_ratio", lowest, "lr_scheduler_kwargs" if settings is not None else "cosine_min_lr_ratio"
+        )
+    steps, share = draft.number("warmup_steps"), draft.number("warmup_ratio")
     if kind == "constant":
-        return
-    if steps is not None and steps >= 1:
+        if steps:
+            draft.leave("warmup_steps", "the schedule constant has no warm-up, there and here")
+    elif steps is not None and steps >= 1:
         draft.put("train.warmup_steps", steps, "warmup_steps")
     else:  # transformers takes a number of steps below 1 for a share
-        draft.put("train.warmup_ratio", steps if steps else share, "warmup_ratio")
+        draft.put("train.warmup_ratio", steps or share or 0, "warmup_ratio")
 
 
-def _intervals(draft: Conversion) -> None:
-    """When to evaluate and save. Shares of an epoch become shares of the run."""
-    epochs = draft.tree["train"].get("num_train_epochs", 1)
+def _evaluations(draft: Conversion) -> None:
+    """When to evaluate: so many times an epoch becomes a share of the run."""
     strategy = draft.take("eval_strategy", "evaluation_strategy")
-    steps, times = draft.take("eval_steps"), draft.take("evals_per_epoch")
+    name = draft.named("eval_steps", "evals_per_epoch")
+    steps, times = draft.number("eval_steps"), draft.number("evals_per_epoch")
+    if "eval" not in draft.tree["data"]:
+        for asked in (name, "metric_for_best_model", "load_best_model_at_end", "early_stopping_patience"):
+            if asked is not None and draft.given.get(asked, asked == name):
+                draft.leave(asked, "nothing is held out to evaluate on")
+        return
     if times or strategy == "epoch":
-        share = 1 / ((times or 1) * epochs)
+        share = 1 / ((times or 1) * draft.tree["train"].get("num_train_epochs", 1))
         steps = share if share < 1 else None
-    evaluates = "eval" in draft.tree["data"]
-    for name in ("eval_on_start", "metric_for_best_model", "load_best_model_at_end", "early_stopping_patience"):
-        value = draft.take(name)
-        if value is not None and evaluates:
-            draft.put(f"train.{name}", foreign.VALUES.get(str(value), value), name)
-        elif value:
-            draft.leave(name, "nothing is held out to evaluate on")
-    if steps is not None and evaluates:
-        draft.put("train.eval_steps", steps, "eval_steps")
-    strategy, save, times = draft.take("save_strategy"), draft.take("save_steps"), draft.take("saves_per_epoch")
-    if strategy in ("no", "epoch", "best") or times is not None:
-        draft.leave(
-            "saves_per_epoch" if times else "save_strategy", "checkpoints are written every train.save_steps steps"
-        )
-    elif save is not None:
-        draft.put("train.save_steps", save, "save_steps")
+    if steps:
+        draft.put("train.eval_steps", steps, name or "eval_strategy")
+    for key in ("eval_on_start", "metric_for_best_model", "load_best_model_at_end", "early_stopping_patience"):
+        if (value := draft.take(key)) is not None:
+            draft.put(f"train.{key}", _word(value), key)
+
+
+def _checkpoints(draft: Conversion) -> None:
+    strategy, steps = draft.take("save_strategy"), draft.number("save_steps")
+    if "saves_per_epoch" in draft.given:
+        draft.leave("saves_per_epoch", "checkpoints are written every train.save_steps steps")
+    elif strategy not in (None, "steps"):
+        draft.leave("save_strategy", "checkpoints are written every train.save_steps steps")
+    elif steps is not None:
+        draft.put("train.save_steps", steps, "save_steps")
 
 
 def _output(draft: Conversion) -> None:
-    draft.carry({key: names for key, names in _SAME.items() if key.startswith("output.")})
-    trackers = [name for name in _listed(draft.take("report_to")) if name not in ("none", "all")]
+    draft.carry(_SAME, "output.")
+    trackers = [name for name in listed(draft.take("report_to")) if name not in ("none", "all")]
     if any(name.startswith("wandb_") for name in draft.given) and "wandb" not in trackers:
         trackers.append("wandb")
     if trackers:
         draft.put("output.trackers", trackers, "report_to")
 
 
-def _listed(value: Any) -> list[Any]:
-    """A list as it is; `a, b` and single values as lists."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _as_number(value: Any) -> Any:
-    """Numbers in quotes, and whole numbers with a point, as plain numbers."""
-    number = strict_yaml.scalar(value) if isinstance(value, str) else value
-    return int(number) if isinstance(number, float) and number.is_integer() else number
-
-
-def _is_valid(annotation: Any, value: Any) -> bool:
-    try:
-        TypeAdapter(annotation).validate_python(value, strict=True)
-    except ValidationError:
-        return False
-    return True
-
-
-def _fields(section: str) -> dict[str, Any]:
-    """The keys of a section, in the order of the schema."""
-    annotation: Any = Recipe.model_fields[section].annotation
-    kinds = [annotation, *getattr(annotation, "__args__", ())]
-    return next(kind.model_fields for kind in kinds if hasattr(kind, "model_fields"))
-
-
-def _default(section: str, key: str) -> Any:
-    return _fields(section)[key].get_default(call_default_factory=True)
-
-
-# ----------------------------------------------------------------------------------------------------- written out
-
-
-def written(draft: Conversion) -> str:
-    """The recipe as a file, with what is the other tool's default, or needs a thought, explained beside it."""
-    blocks = [f"# From {draft.path.name}, a recipe of {draft.tool}.\n"]
-    for section, keys in draft.tree.items():
-        if keys is None:
-            blocks.append(f"{_commented(f'{section}: null', 'a full fine-tune')}\n")
-        elif keys:
-            ordered = [key for key in _fields(section) if key in keys]
-            blocks.append(f"{section}:\n" + "".join(_entry(draft, section, key) for key in ordered))
-    return "\n".join(blocks)
-
-
-def _entry(draft: Conversion, section: str, key: str) -> str:
-    lines = [f"  {line}" for line in strict_yaml.dump({key: draft.tree[section][key]}).splitlines()]
-    comment = draft.comments.get(f"{section}.{key}")
-    if comment and len(lines) == 1:
-        lines = [_commented(lines[0], comment)]
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _commented(line: str, comment: str) -> str:
-    return f"{line:<33} # {comment}"
+def _word(value: Any) -> Any:
+    """Our word for another tool's, or the value as it is."""
+    return foreign.VALUES.get(value, value) if isinstance(value, str) else value

@@ -176,6 +176,8 @@ FILTER_OPERATORS = {
 class FilterSpec(Section):
     """A condition on a row that keeps it: one column and exactly one operator, e.g. `{column: score, ge: 8}`."""
 
+    model_config = ConfigDict(json_schema_extra={"minProperties": 2, "maxProperties": 2})
+
     column: Text
     """The column of the source, as the data calls it."""
     eq: Scalar | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 from orpo_cli.errors import InputError, RecipeError
 from orpo_cli.init import write_converted
 from orpo_cli.recipe import Holdout, Recipe, SourceSpec, load_recipe
+from orpo_cli.recipe.conversion import written
 from orpo_cli.recipe.convert import convert
 from tests.conftest import tiny_rows
+from tests.recipe.test_foreign import NAMES
 
 SAMPLES = Path(__file__).with_name("others")
 
@@ -100,8 +103,7 @@ def test_axolotl(sample, converted, data, tmp_path):
     assert "18: dataset_prepared_path: not needed: prepared data is not kept" in said
     assert "49: flash_attention: left auto: both answers share their prompt by an attention of its own" in said
     assert any(
-        line.startswith("36: micro_batch_size 4 * gradient_accumulation_steps 2 is train.batch_size on one")
-        for line in said
+        line.startswith("36: micro_batch_size * gradient_accumulation_steps: 4 * 2 on one device") for line in said
     )
     assert not any(": rl:" in line or "lora_model_dir" in line or "wandb" in line for line in said)
 
@@ -175,7 +177,8 @@ HANDBOOK = "model_name_or_path: a/B\ndataset_mixer: {x/y: 1.0, z/w: 0.5}\n"
         (
             TRL,
             {"train.learning_rate": 1e-6, "train.batch_size": 8, "train.num_train_epochs": 3, "train.warmup_ratio": 0}
-            | {"train.lr_scheduler_type": "linear", "lora": None, "data.max_length": 1024, "data.eval": None},
+            | {"train.lr_scheduler_type": "linear", "lora": None, "data.max_length": 1024, "data.eval": None}
+            | {"model.dtype": "bfloat16"},
         ),
     ],
 )
@@ -215,6 +218,8 @@ def test_defaults_of_the_other_tool_are_written_out(text, expected, converted, t
         (FACTORY + "dataset: x/y, z/w\n", "data.train.0.path", "x/y"),
         (FACTORY + "disable_shuffling: true\n", "data.shuffle", False),
         (FACTORY + "max_steps: -1\n", "train.max_steps", None),
+        (TRL + "fp16: true\n", "model.dtype", "float16"),
+        (TRL + "bf16: false\ndtype: float32\n", "model.dtype", "float32"),
         (TRL + "dataset_config: small\n", "data.train.0.name", "small"),
         (TRL + "dataset_train_split: train_prefs\n", "data.train.0.split", "train_prefs"),
         (TRL + "dataset_streaming: true\n", "data.streaming", True),
@@ -251,10 +256,10 @@ def test_a_key(text, key, expected, converted):
         (AXOLOTL + "train_on_inputs: false\n", "5: train_on_inputs: not carried over; see loss.nll_tokens"),
         (AXOLOTL + "wandb_run_id: x\n", "5: wandb_run_id: a tracker's own"),
         (AXOLOTL + "rl: dpo\n", "5: rl: given twice; the first one counts"),
-        (FACTORY, "4: dataset: x/y is not in data/dataset_info.json; taken for a path or hub id: correct data.train"),
+        (FACTORY, "4: dataset: x/y is not in data/dataset_info.json; taken for a path or hub id: see data.train"),
         (FACTORY + "galore_rank: 8\n", "5: galore_rank: there is none: AdamW"),
         (TRL + "lora_r: 8\n", "3: lora_r: a full fine-tune has no adapter"),
-        (TRL + "use_peft: true\n", " lora_target_modules is not given, which leaves it to peft"),
+        (TRL + "use_peft: true\n", " no layers are named for LoRA, which leaves them to peft"),
         (TRL + "load_best_model_at_end: true\n", "3: load_best_model_at_end: nothing is held out to evaluate on"),
         (HANDBOOK, "2: dataset_mixer: a share of z/w; write the max_pairs of its source"),
     ],
@@ -294,3 +299,25 @@ def test_what_is_missing_is_asked_for_in_our_file(tmp_path):
     assert "name_or_path: a/B" in ours.read_text()
     with pytest.raises(InputError, match="exists"):
         write_converted(theirs, ours, overwrite=False)
+
+
+ODD = ["true", "-1", "0.5", "''", "x", "[]", "[x, 1]", "[[x]]", "{a: b}", "[{}]", "{datasets: [1]}", "{path: {a: 1}}"]
+WHOLE = {
+    "axolotl": AXOLOTL + "adapter: lora\n",
+    "LLaMA-Factory": FACTORY,
+    "TRL": TRL + "use_peft: true\n",
+    "alignment-handbook": HANDBOOK,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", WHOLE)
+def test_no_value_makes_it_crash(tool, tmp_path):
+    """Every key of the tool with every odd value is taken, left out with a reason, or an error that says why."""
+    path = tmp_path / "theirs.yaml"
+    for name in [*NAMES[tool].split(), "zzz"]:
+        kept = "".join(line for line in WHOLE[tool].splitlines(keepends=True) if not line.startswith(f"{name}:"))
+        for value in ODD:
+            path.write_text(f"{kept}{name}: {value}\n", encoding="utf-8")
+            with contextlib.suppress(RecipeError):
+                written(convert(path))
