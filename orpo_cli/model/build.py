@@ -16,6 +16,7 @@ from orpo_cli.data.templates import ChatTemplate, adds_bos, fit_tokenizer, resol
 from orpo_cli.data.tokenize import PairTokenizer
 from orpo_cli.errors import ModelError
 from orpo_cli.model.fused_lora import fuse_lora
+from orpo_cli.model.fused_mlp import fuse_mlps
 from orpo_cli.model.fused_norm import fuse_norms
 from orpo_cli.model.load import FreshRows, fit_vocabulary, load_config, load_model, load_tokenizer
 from orpo_cli.model.logprobs import PairLogprobs
@@ -165,6 +166,7 @@ def _with_engine(section: ModelSection, model: PreTrainedModel | PeftModel, rows
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     fuse_norms(base)
     fuse_lora(base)
+    fuse_mlps(base)
     unwanted = None
     if section.shared_prefix is False:
         unwanted = "model.shared_prefix is false"
