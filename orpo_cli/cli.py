@@ -16,6 +16,7 @@ import typer
 from orpo_cli import __version__
 from orpo_cli.errors import InputError, OrpoError, RunError, is_out_of_memory
 from orpo_cli.help import GroupedVerbs
+from orpo_cli.malloc import keep_few_kernels
 
 app = typer.Typer(
     name="orpo",
@@ -308,6 +309,7 @@ def main() -> None:
     """Run the command line; exit codes: 0 done, 1 failed, 2 wrong input, 130 or 143 stopped by a signal."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    keep_few_kernels()
     sys.exit(_exit_code())
 
 

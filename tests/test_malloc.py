@@ -1,6 +1,7 @@
-"""Whether freed memory stays with the process, seen in the page faults of asking for it again."""
+"""Whether freed memory stays with the process, and kernels of shapes that are gone do not."""
 
 import ctypes
+import os
 import platform
 import subprocess
 import sys
@@ -54,3 +55,31 @@ def test_a_c_library_that_takes_a_lower_threshold_gets_it(monkeypatch):
         monkeypatch.setattr(ctypes, "CDLL", lambda name, libc=libc: libc)
         keep_freed_memory()
         assert libc.taken == taken
+
+
+GROWTH = """
+import resource
+import sys
+if sys.argv[1] == "few":
+    from orpo_cli.malloc import keep_few_kernels
+    keep_few_kernels()
+import torch
+weight = torch.randn(576, 1536, dtype=torch.bfloat16)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+torch.zeros(900, 576, dtype=torch.bfloat16) @ weight
+before = peak()
+for tokens in range(400, 900):
+    torch.zeros(tokens, 576, dtype=torch.bfloat16) @ weight
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="peak memory is counted otherwise there")
+def test_kernels_of_shapes_that_are_gone_are_given_up():
+    environment = {k: v for k, v in os.environ.items() if "CACHE_CAPACITY" not in k}
+    growth = {
+        keep: int(subprocess.check_output([sys.executable, "-c", GROWTH, keep], env=environment))
+        for keep in ("all", "few")
+    }
+    assert growth["few"] <= growth["all"] / 2
