@@ -101,8 +101,8 @@ def require_space(directory: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(there).free
     if free < needed:
         raise RunError(
-            f"{directory}: {os.strerror(errno.ENOSPC)} for {what}: it takes {needed / 2**30:.3g} GiB, "
-            f"and {free / 2**30:.3g} GiB are free",
+            f"{directory}: {os.strerror(errno.ENOSPC)} for {what}: it takes {needed / 2**30:,.4g} GiB, "
+            f"and {free / 2**30:,.4g} GiB are free",
             "make room there, or name another directory; what was saved before is sound",
         )
 

@@ -9,7 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from orpo_cli.files import to_json, to_json_lines, write_directory, write_file
+from orpo_cli import files
+from orpo_cli.errors import RunError
+from orpo_cli.files import (
+    make_directory,
+    recover,
+    recover_all,
+    remove,
+    require_space,
+    to_json,
+    to_json_lines,
+    write_directory,
+    write_file,
+)
 
 
 class Killed(BaseException):
@@ -85,13 +97,20 @@ def test_a_new_directory_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     )
 
 
-def test_a_directory_that_is_replaced_is_never_a_mixture(tmp_path, monkeypatch):
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_directory_that_is_replaced_is_the_old_or_the_new_one(tmp_path, monkeypatch, can_exchange):
+    if not can_exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    elif not files._exchange(make(tmp_path / "one", "1"), make(tmp_path / "other", "2")):
+        pytest.skip("this file system cannot let two directories change places")
+
     def examine(number, finished):
         target = tmp_path / str(number) / "target"
-        if target.exists():
-            assert content(target) in [{"a.txt": text, "inner/b.txt": text} for text in ("old", "new")]
-        write_directory(target, fill("newest"))
+        assert target.exists() or not can_exchange
+        recover(target)  # as the next start does
+        assert content(target) in [{"a.txt": text, "inner/b.txt": text} for text in ("old", "new")]
         assert [path.name for path in target.parent.iterdir()] == ["target"]
+        assert not finished or content(target)["a.txt"] == "new"
 
     killed_at_each_call(
         monkeypatch,
@@ -100,6 +119,90 @@ def test_a_directory_that_is_replaced_is_never_a_mixture(tmp_path, monkeypatch):
         lambda number: write_directory(tmp_path / str(number) / "target", fill("new")),
         examine,
     )
+
+
+def make(directory: Path, text: str) -> Path:
+    write_directory(directory, fill(text))
+    return directory
+
+
+def test_two_directories_change_places(tmp_path):
+    one, other = make(tmp_path / "one", "1"), make(tmp_path / "other", "2")
+    if files._exchange(one, other):
+        assert (content(one)["a.txt"], content(other)["a.txt"]) == ("2", "1")
+    with pytest.raises(FileNotFoundError):
+        files._exchange(one, tmp_path / "absent")
+
+
+def test_what_is_removed_is_never_there_in_part(tmp_path, monkeypatch):
+    def examine(number, finished):
+        target = tmp_path / str(number) / "target"
+        assert not target.exists() or content(target) == {"a.txt": "old", "inner/b.txt": "old"}
+        assert not (finished and target.exists())
+        recover(target)
+        assert [path.name for path in target.parent.iterdir()] == (["target"] if target.exists() else [])
+
+    killed_at_each_call(
+        monkeypatch,
+        ("rename", "fsync", "rmdir", "unlink"),
+        lambda number: make(tmp_path / str(number) / "target", "old"),
+        lambda number: remove(tmp_path / str(number) / "target"),
+        examine,
+    )
+
+
+def test_removing_a_link_leaves_what_it_leads_to(tmp_path):
+    make(tmp_path / "precious", "x")
+    (tmp_path / "link").symlink_to(tmp_path / "precious")
+    remove(tmp_path / "link")
+    remove(tmp_path / "absent")
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+    assert content(tmp_path / "precious")["a.txt"] == "x"
+
+
+def test_only_what_is_ours_is_cleaned_up(tmp_path):
+    for name in (".ours.unfinished", ".ours.deleted", ".theirs.unfinished", ".ours.bak", "ours.unfinished"):
+        make(tmp_path / name, "x")
+    make(tmp_path / ".lost.replaced", "x")
+    recover_all(tmp_path, {"ours", "lost"}.__contains__)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".ours.bak",
+        ".theirs.unfinished",
+        "lost",
+        "ours.unfinished",
+    ]
+
+
+def test_each_directory_that_is_made_is_brought_to_the_disk_by_its_parent(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "sync", lambda path: synced.append(path.name))
+    make_directory(tmp_path / "a" / "b" / "c")
+    make_directory(tmp_path / "a" / "b" / "c")
+    assert synced == [tmp_path.name, "a", "b"]
+
+
+def test_no_room_is_told_before_anything_is_written(tmp_path):
+    require_space(tmp_path / "not" / "yet", 1, "this")
+    with pytest.raises(RunError, match="No space left on device for this: it takes 1,024 GiB, and ") as error:
+        require_space(tmp_path / "not" / "yet", 2**40, "this")
+    assert str(tmp_path / "not" / "yet") in error.value.message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_the_old_files(disk):
+    def too_much(directory: Path) -> None:
+        (directory / "b").write_bytes(bytes(2**20))
+
+    write_file(disk / "file", "old")
+    write_directory(disk / "directory", lambda directory: (directory / "a").write_text("old"))
+    for name, write in (
+        ("file", lambda: write_file(disk / "file", "x" * 2**20)),
+        ("directory", lambda: write_directory(disk / "directory", too_much)),
+    ):
+        with pytest.raises(OSError, match="No space left") as error:
+            write()
+        assert error.value.filename == str(disk / name)
+    assert content(disk) == {"file": "old", "directory/a": "old"}
 
 
 def test_what_cannot_be_filled_leaves_the_old_directory(tmp_path):

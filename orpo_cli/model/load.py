@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from orpo_cli.errors import ModelError
+from orpo_cli.errors import ModelError, OrpoError, is_out_of_memory
 from orpo_cli.recipe.schema import ModelSection
 
 # The libraries' own progress bars and advice would drown what the run says itself.
@@ -187,9 +187,11 @@ def _explained(section: ModelSection) -> Iterator[None]:
         raise ModelError(f"there is no model {name} on the hub", "check model.name_or_path, or set HF_TOKEN") from error
     except SafetensorError as error:
         raise ModelError(f"the weights of {name} are damaged: {error}", "download or copy them again") from error
-    except torch.OutOfMemoryError:
+    except OrpoError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # what a damaged file leads to is of any kind
+        if is_out_of_memory(error):
+            raise
         raise _explanation(name, local, error) from error
 
 
@@ -215,7 +217,7 @@ def _explanation(name: str, local: bool, error: Exception) -> ModelError:
             "orpo loads no pickled weights; convert them to safetensors",
         )
     if local:
-        return ModelError(f"{name} cannot be loaded: {text[:400]}", "see model.name_or_path")
+        return ModelError(f"{name} cannot be loaded: {text[:400]}", "see model.name_or_path; copy damaged files again")
     if "/" not in name or name.startswith((".", "/", "~")) or name.count("/") > 1:
         return ModelError(f"there is no directory {name}", "model.name_or_path is a hub id or a directory")
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "ON", "YES"):

@@ -150,16 +150,24 @@ def train_in(run: RunDirectory, recipe: Recipe, start: Start, processes: Process
         save=lambda: save(run, recipe, built, optimizer, progress) if processes.is_main else None,
     )
     describe_run(loop, built, plan)
-    with out_of_memory_explained(loop):
+    with out_of_memory_explained(loop), files_closed(loop):
         train_steps(loop)
         if loop.held_out and loop.last_scores is None:  # resumed after its last step
             loop.last_scores = score_together(loop)
         figures = finish(run, loop, text, built, held_out, record) if processes.is_main else {}
-    for file in (loop.metrics, loop.samples):
-        if file is not None:
-            file.close()
     processes.close()
     return figures
+
+
+@contextmanager
+def files_closed(run: Run) -> Iterator[None]:
+    """Close what the loop appends to, however it ends."""
+    try:
+        yield
+    finally:
+        for file in (run.metrics, run.samples):
+            if file is not None:
+                file.close()
 
 
 @contextmanager
@@ -434,6 +442,8 @@ def finish(
     recipe, progress = loop.recipe, loop.progress
     # The last checkpoint has done so already, unless a kill came in between.
     delete_surplus(run.checkpoints, progress.step, keep=recipe.train.save_total_limit, protect=progress.best_step)
+    assert loop.metrics is not None
+    loop.metrics.sync()
     if isinstance(built.model, PeftModel):
         write_directory(run.adapter, lambda directory: write_adapter(directory, built, text, recipe))
         say(f"adapter: {run.adapter}")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import resize
 from tests.faults.harness import Fault, Runs, Started, is_sound, tally
 
 # Into which the calls at which a disk fills up are divided.
@@ -59,24 +57,6 @@ def test_a_full_disk_at_some_calls(runs, tmp_path):
 @pytest.mark.parametrize("kind", ["file-lora", "stream-full"])
 def test_a_full_disk_at_each_call(runs, kind, part, tmp_path):
     full_at_calls(runs, kind, tmp_path, first=part, every=PARTS)
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A file system of its own, in memory."""
-    if not sys.platform.startswith("linux") or os.geteuid() != 0:
-        pytest.skip("only root on Linux may mount a file system")
-    place = tmp_path / "disk"
-    place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", place], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"no file system can be mounted: {made.stderr}")
-    yield place
-    subprocess.run(["umount", place], check=True)
-
-
-def resize(disk: Path, kib: int) -> None:
-    subprocess.run(["mount", "-o", f"remount,size={kib}k", disk], check=True)
 
 
 @pytest.mark.faults

@@ -1,6 +1,7 @@
 """Base models: what is loaded, what is refused and with which words, and rows for new tokens."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from orpo_cli.errors import ModelError
 from orpo_cli.model.load import (
+    base_content,
     compute_dtype,
     disable_dropout,
     embedding_names,
@@ -105,6 +107,64 @@ def test_damaged_weights_are_an_error(tiny_base, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"damaged|cannot be loaded"):
         load_model(section(tmp_path / "m"), CPU)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_file_is_explained_wherever_it_is_damaged(tiny_base, tmp_path, name):
+    """Cut short, or a bit of its header or text flipped: an error in words, or no harm."""
+    shutil.copytree(tiny_base, tmp_path / "m")
+    original = (tiny_base / name).read_bytes()
+    end = 8 + int.from_bytes(original[:8], "little") if name.endswith("safetensors") else len(original)
+    generator, explained = random.Random(0), 0
+    for number in range(24):
+        place = generator.randrange(end) if number > 3 else number
+        damaged = bytearray(original)
+        damaged[place] ^= 1 << generator.randrange(8)
+        (tmp_path / "m" / name).write_bytes(damaged if number % 2 else original[:place])
+        try:
+            load_tokenizer(section(tmp_path / "m"))
+            load_model(section(tmp_path / "m"), CPU)
+        except ModelError:
+            explained += 1
+    assert explained >= 12  # every file that was cut short
+
+
+def test_a_shard_that_is_missing_is_named(tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
+    AutoModelForCausalLM.from_pretrained(tiny_base).save_pretrained(tmp_path / "m", max_shard_size="50KB")
+    load_model(section(tmp_path / "m"), CPU)
+    (tmp_path / "m" / "model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model-00002-of-00004\.safetensors"):
+        load_model(section(tmp_path / "m"), CPU)
+
+
+def test_the_content_of_a_base_tells_it_from_others(tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "m")
+    same = base_content(section(tmp_path / "m"))
+    assert same == base_content(section(tiny_base))
+    assert base_content(section("org/model")) is None
+    weights = tmp_path / "m" / "model.safetensors"
+    original = weights.read_bytes()
+    for damaged in (original[:-1], original[:-1] + bytes([original[-1] ^ 1]), original + b"x"):
+        weights.write_bytes(damaged)
+        assert base_content(section(tmp_path / "m")) != same
+    weights.write_bytes(original)
+    (tmp_path / "m" / "config.json").write_text("{}")
+    assert base_content(section(tmp_path / "m")) != same
+
+
+def test_of_large_weights_their_size_beginning_end_and_pieces_count(tmp_path):
+    (tmp_path / "m").mkdir()
+    weights = tmp_path / "m" / "model.safetensors"
+    with weights.open("wb") as file:
+        file.truncate(2**28)
+    found = [base_content(section(tmp_path / "m"))]
+    for place in (0, 2**20 - 1, 2**28 - 1):
+        with weights.open("r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        found.append(base_content(section(tmp_path / "m")))
+    assert len(set(found)) == 4
 
 
 def test_a_base_and_tokenizer_come_from_the_hub(tiny_base, tmp_path):

@@ -26,8 +26,12 @@ from orpo_cli.model import memory
 from orpo_cli.model.build import build_for_training, load_text_side, pair_tokenizer
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import load_recipe
+from orpo_cli.run import LOCK, held
 from orpo_cli.train import loop
+from orpo_cli.train import run as run_module
+from orpo_cli.train.checkpoint import newest_sound
 from orpo_cli.train.run import Start, train
+from tests.conftest import resize
 from tests.runs import rows, same_files
 
 
@@ -518,3 +522,172 @@ def test_truncated_pairs_are_said_and_kept_in_the_manifest(tiny_recipe, capsys):
     said = re.findall(r"truncated (\d+) of them to fit \(data.overlong: truncate_prompt\)", capsys.readouterr().err)
     assert said == [str(counted[name]["truncated"]) for name in ("train", "eval")]
     assert counted["train"]["truncated"] > 0
+
+
+# What a resumption refuses
+
+
+@pytest.fixture
+def old_run(tiny_run, tmp_path) -> Path:
+    """A copy of the finished run of the unchanged recipe, where the recipe of `tiny_recipe` goes on with it."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def resume(recipe: Path, **options) -> None:
+    train(load_recipe(recipe), Start(resume=True, **options))
+
+
+def resumed(run: Path) -> list[dict]:
+    return json.loads((run / "manifest.json").read_text())["resumed"]
+
+
+def test_each_resumption_is_recorded_with_what_differed(tiny_recipe, old_run):
+    other = {"train": {"max_steps": 6}, "loss": {"beta": 0.7}}
+    before = {path: path.read_bytes() for path in old_run.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"these differ:\n  loss.beta: 0.1 before, now 0.7$"):
+        resume(tiny_recipe(**other))
+    assert {path: path.read_bytes() for path in old_run.rglob("*") if path.is_file()} == before
+    assert resumed(old_run) == []
+    resume(tiny_recipe(**other), allow_changes=True)
+    assert [row["step"] for row in rows(old_run) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    resume(tiny_recipe(loss=other["loss"], train={"max_steps": 8}))  # as it is by now
+    changed = {"loss.beta": {"before": 0.1, "now": 0.7}}
+    assert resumed(old_run) == [
+        {"step": 4, "changed": changed, "noted": {}},
+        {"step": 6, "changed": {}, "noted": {}},
+    ]
+
+
+def test_base_tokenizer_and_data_may_move_but_not_change(tiny_recipe, tiny_base, tiny_pairs, old_run, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "base")
+    shutil.copy(tiny_pairs, tmp_path / "moved.jsonl")
+    moved = {"model": {"name_or_path": str(tmp_path / "base")}, "data": {"train": str(tmp_path / "moved.jsonl")}}
+    resume(tiny_recipe(**moved, train={"max_steps": 5}))
+    assert [row["step"] for row in rows(old_run) if "loss" in row] == [1, 2, 3, 4, 5]
+
+    tokenizer = tmp_path / "base/tokenizer.json"
+    tokenizer.write_text(
+        tokenizer.read_text()
+        .replace('"<s> $A"', '"$A"')
+        .replace('"add_prefix_space": false', '"add_prefix_space": true')
+    )
+    weights = tmp_path / "base/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with (tmp_path / "moved.jsonl").open("a") as file:
+        file.write('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
+    with pytest.raises(InputError) as error:
+        resume(tiny_recipe(**moved, train={"max_steps": 6}))
+    keys = [line.split(":")[0].strip() for line in error.value.message.splitlines()[1:]]
+    assert keys == ["data.train (content)", "model (content)", "tokenizer"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": {"r": 8}}, "holds other weights than are to be trained"),
+        ({"lora": None}, "holds other weights than are to be trained"),
+        ({"train": {"optimizer": "adamw_8bit"}}, "holds the state of another optimizer"),
+    ],
+)
+def test_what_does_not_fit_is_refused_even_if_changes_are_allowed(tiny_recipe, old_run, changes, message):
+    train_keys = {"max_steps": 6, **changes.get("train", {})}
+    with pytest.raises(InputError, match=message):
+        resume(tiny_recipe(**{**changes, "train": train_keys}), allow_changes=True)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_rows_missing_in_the_metrics_are_not_passed_over(tiny_recipe, old_run, damage):
+    metrics = old_run / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[:3]) + lines[3][:20]) if damage == "cut" else metrics.unlink()
+    with pytest.raises(InputError, match=r"  metrics\.jsonl: .* bytes. before, now .* of them"):
+        resume(tiny_recipe(train={"max_steps": 6}))
+    resume(tiny_recipe(train={"max_steps": 6}), allow_changes=True)
+    expected = [json.loads(line)["step"] for line in lines[:3]] if damage == "cut" else []
+    assert [row["step"] for row in rows(old_run)] == [*expected, 5, 6, 6]
+    assert list(resumed(old_run)[0]["changed"]) == ["metrics.jsonl"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_by_itself(tiny_recipe, old_run):
+    for checkpoint in (old_run / "checkpoints").iterdir():
+        (checkpoint / "state.json").write_text("{}")
+    before = {path: path.read_bytes() for path in old_run.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"no checkpoint of .* is sound:\n  step-000004: .*\n  step-000002: ") as error:
+        resume(tiny_recipe())
+    assert "--overwrite" in error.value.hint
+    with pytest.raises(InputError, match=r"step-000002 is damaged: state\.json has changed"):
+        train(load_recipe(tiny_recipe()), Start(resume_from=old_run / "checkpoints/step-000002"))
+    assert {path: path.read_bytes() for path in old_run.rglob("*") if path.is_file()} == before
+    shutil.rmtree(old_run / "checkpoints")
+    with pytest.raises(InputError, match="holds a trained model and no checkpoint"):
+        resume(tiny_recipe())
+
+
+def test_changes_are_allowed_only_to_a_run_that_goes_on(tiny_recipe):
+    with pytest.raises(InputError, match="--allow-changes says how to go on"):
+        train(load_recipe(tiny_recipe()), Start(allow_changes=True))
+
+
+def test_a_run_that_is_under_way_is_neither_resumed_nor_merged_into(tiny_recipe, old_run):
+    with held(old_run / LOCK, old_run):
+        for options in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(InputError, match=f"run is in use: process {os.getpid()} on "):
+                train(load_recipe(tiny_recipe()), Start(**options))
+        for target in (old_run, old_run / "adapter"):
+            with pytest.raises(InputError, match="merged is in use"):
+                merge_target(str(target), output=None, base=None, dtype="auto")
+        assert merge_target(str(old_run), output=old_run.parent / "else" / "where", base=None, dtype="auto").is_dir()
+
+
+# What befalls the disk
+
+
+def test_what_is_deleted_while_a_run_goes_on_is_written_again(tiny_recipe, tmp_path, monkeypatch):
+    real = run_module.save_checkpoint
+
+    def after_a_deletion(directory, step, **keys):
+        for name in ("checkpoints", "adapter"):
+            shutil.rmtree(tmp_path / "run" / name, ignore_errors=True)
+        (tmp_path / "run/metrics.jsonl").unlink()
+        return real(directory, step, **keys)
+
+    monkeypatch.setattr(run_module, "save_checkpoint", after_a_deletion)
+    train(load_recipe(tiny_recipe(train={"max_steps": 6, "save_steps": 2})))
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000006"]
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3, 4, 5, 6, 6]
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_first_step(tiny_recipe, disk):
+    with pytest.raises(
+        RunError, match=f"{disk}/run: No space left on device for the run: it takes .* GiB, and "
+    ) as error:
+        train(load_recipe(tiny_recipe(output={"dir": str(disk / "run")})))
+    assert error.value.exit_code == 1
+    assert list((disk / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("kib", [60, 150, 250])
+def test_a_disk_that_fills_up_midway_costs_nothing_but_time(tiny_recipe, tiny_run, disk, monkeypatch, kib):
+    resize(disk, kib)
+    recipe = tiny_recipe(output={"dir": str(disk / "run")})
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "require_space", lambda directory, needed, what: None)
+        with pytest.raises(OSError, match="No space left") as error:
+            train(load_recipe(recipe))
+    assert error.value.filename.startswith(str(disk / "run"))
+    assert newest_sound(disk / "run/checkpoints")[1] == []
+    resize(disk, 4096)
+    resume(recipe)
+    same_files(tiny_run, disk / "run")
+
+
+def test_a_disk_that_cannot_be_written_is_the_user_s_to_mend(tiny_recipe, disk):
+    (disk / "run").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    for output in (disk / "run", disk / "new"):
+        with pytest.raises(InputError, match="Read-only file system") as error:
+            train(load_recipe(tiny_recipe(output={"dir": str(output)})))
+        assert error.value.exit_code == 2
