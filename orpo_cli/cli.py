@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import typer
 
 from orpo_cli import __version__
-from orpo_cli.errors import InputError, OrpoError, RunError, is_out_of_memory
+from orpo_cli.errors import InputError, OrpoError, RunError, Stopped, is_out_of_memory, signal_exit_code
 from orpo_cli.help import GroupedVerbs
 from orpo_cli.malloc import keep_few_kernels
 
@@ -320,6 +320,11 @@ _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 def _exit_code() -> int:
     try:
         return app(standalone_mode=False, prog_name="orpo") or 0
+    except Stopped as stopped:
+        from orpo_cli.report.terminal import say
+
+        say(stopped.message)
+        return stopped.exit_code
     except OrpoError as error:
         _print_error(error.message, error.hint)
         return error.exit_code
@@ -338,11 +343,15 @@ def _exit_code() -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        _print_error("out of memory", "lower data.max_length, or set model.load_in_4bit: true")
+        _print_error(
+            "out of memory",
+            "lower train.max_tokens_per_microbatch where the recipe names a number, lower data.max_length, or set "
+            "model.load_in_4bit: true",
+        )
         return RunError.exit_code
     except (KeyboardInterrupt, typer.Abort):
         _print_error("interrupted", None)
-        return 128 + signal.SIGINT
+        return signal_exit_code(signal.SIGINT)
 
 
 def _print_error(message: str, hint: str | None) -> None:

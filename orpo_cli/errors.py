@@ -57,7 +57,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Stopped(OrpoError):  # noqa: N818 - to be stopped is no error
     """A signal stopped the run after everything was saved."""
 
-    def __init__(self, signal_number: int, message: str, hint: str | None = None) -> None:
-        super().__init__(message, hint)
-        # A hang-up asks for the same as a termination, and scripts need to know one code only.
-        self.exit_code = 128 + (signal.SIGTERM if signal_number == signal.SIGHUP else signal_number)
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = signal_exit_code(signal_number)
+
+
+def signal_exit_code(number: int) -> int:
+    """The exit code of a program that a signal stopped."""
+    # A hang-up asks for the same as a termination, and scripts need to know one code only.
+    return 128 + (signal.SIGTERM if number == signal.SIGHUP else number)

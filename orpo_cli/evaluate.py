@@ -18,6 +18,7 @@ from accelerate import PartialState
 from orpo_cli.data.batches import flat_batch, nll_positions
 from orpo_cli.data.dataset import DROP_REASONS, PairSet, load_held_out
 from orpo_cli.data.tokenize import TokenizedPair
+from orpo_cli.errors import is_out_of_memory
 from orpo_cli.files import to_json, to_json_lines, write_file
 from orpo_cli.loss import MAX_LOGP
 from orpo_cli.malloc import keep_freed_memory
@@ -54,26 +55,66 @@ def score_pairs(
     nll_tokens: str,
     max_tokens: int,
     device: torch.device,
+    may_shrink: bool = False,
 ) -> Scores:
-    """Score pairs without gradients, in micro-batches of at most `max_tokens` flat tokens."""
-    place = {id(pair): i for i, pair in enumerate(pairs)}
+    """Score pairs without gradients, in micro-batches of at most `max_tokens` flat tokens, or as score_in_parts."""
     columns = np.zeros((4, len(pairs)))
     with inference(logprobs), torch.no_grad():
-        for micro in _micro_batches(logprobs, pairs, max_tokens):
-            batch = flat_batch(micro, nll_tokens).to(device)
-            logps = logprobs(batch)
-            values = torch.stack([batch.chosen.means(logps), batch.rejected.means(logps), -batch.nll.sums(logps)])
-            where = [place[id(pair)] for pair in micro]
-            columns[:3, where] = values.cpu().double().numpy()
-            columns[3, where] = [len(nll_positions(pair, nll_tokens)) for pair in micro]
+        for _ in score_in_parts(
+            logprobs,
+            pairs,
+            columns,
+            nll_tokens=nll_tokens,
+            max_tokens=max_tokens,
+            device=device,
+            may_shrink=may_shrink,
+        ):
+            pass
     return Scores(*columns)
 
 
-def _micro_batches(
-    logprobs: PairLogprobs, pairs: Sequence[TokenizedPair], max_tokens: int
-) -> Iterator[list[TokenizedPair]]:
+def score_in_parts(
+    logprobs: PairLogprobs,
+    pairs: Sequence[TokenizedPair],
+    columns: np.ndarray,
+    *,
+    nll_tokens: str,
+    max_tokens: int,
+    device: torch.device,
+    may_shrink: bool,
+) -> Iterator[int]:
+    """Fill the columns (4, N) of Scores a micro-batch at a time, each time yielding the tokens it may have.
+
+    Where `may_shrink`, running out of memory halves those and costs the one micro-batch; it raises what told of it once
+    they are down to the longest pair. To be used in inference mode and without gradients.
+    """
+    place = {id(pair): i for i, pair in enumerate(pairs)}
     for start in range(0, len(pairs), _WINDOW):
-        yield from logprobs.micro_batches(pairs[start : start + _WINDOW], max_tokens)
+        parts = logprobs.micro_batches(pairs[start : start + _WINDOW], max_tokens)
+        while parts:
+            smaller = None
+            try:
+                where = [place[id(pair)] for pair in parts[0]]
+                columns[:, where] = _score(logprobs, parts[0], nll_tokens, device)
+            except (MemoryError, RuntimeError) as error:
+                left = [pair for part in parts for pair in part]
+                smaller = logprobs.smaller_budget(parts[0], left) if may_shrink and is_out_of_memory(error) else None
+                if smaller is None:
+                    raise
+            if smaller is None:
+                parts.pop(0)
+                yield max_tokens
+            else:
+                torch.cuda.empty_cache()  # does nothing where there is no CUDA
+                max_tokens, parts = smaller, logprobs.micro_batches(left, smaller)
+
+
+def _score(logprobs: PairLogprobs, pairs: list[TokenizedPair], nll_tokens: str, device: torch.device) -> np.ndarray:
+    """The columns (4, P) of Scores for one micro-batch."""
+    batch = flat_batch(pairs, nll_tokens).to(device)
+    logps = logprobs(batch)
+    values = torch.stack([batch.chosen.means(logps), batch.rejected.means(logps), -batch.nll.sums(logps)])
+    return np.vstack([values.cpu().double().numpy(), [len(nll_positions(pair, nll_tokens)) for pair in pairs]])
 
 
 def _log_odds(logps: np.ndarray) -> np.ndarray:
@@ -219,6 +260,7 @@ def evaluate_target(
         nll_tokens=recipe.loss.nll_tokens,
         max_tokens=scoring_tokens(built.logprobs, recipe),
         device=device,
+        may_shrink=recipe.train.max_tokens_per_microbatch == "auto",
     )
     figures = {**summarise(scores, listed, recipe.loss), "skipped": skipped(pairs)}
     if output is not None:

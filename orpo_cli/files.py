@@ -148,7 +148,7 @@ def _undone_on_failure(target: Path) -> Iterator[None]:
     """Leave `target` as it was, and nothing beside it, when it cannot be written; say that it was this one."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # also when a signal ends the program
         with suppress(OSError):
             recover(target)
         number = error.errno if isinstance(error, OSError) else None

@@ -16,9 +16,20 @@ def rows(run: Path) -> list[dict]:
     return [comparable(row) for row in read_metrics(run / "metrics.jsonl")]
 
 
-def same_files(one: Path, other: Path) -> None:
-    """The same files are in both runs and equal to the byte, but for the output directory's name and the times."""
-    names, others = ({p.relative_to(run) for p in run.rglob("*") if p.is_file()} for run in (one, other))
+def same_files(one: Path, other: Path, *, checkpoints: bool = True) -> None:
+    """The same files are in both runs and equal to the byte, but for the output directory's name and the times.
+
+    Without `checkpoints`, of those only the newest is looked at: a run that a signal stopped has made one more.
+    """
+    names, others = (
+        {
+            p.relative_to(run)
+            for p in run.rglob("*")
+            if p.is_file()
+            and (checkpoints or "checkpoints" not in p.parts or max(run.glob("checkpoints/*")) in p.parents)
+        }
+        for run in (one, other)
+    )
     assert names == others, sorted(map(str, names ^ others))
     for name in sorted(names):
         if name.name in _READ:

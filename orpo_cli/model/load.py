@@ -142,8 +142,21 @@ def load_model(section: ModelSection, device: torch.device, *, quantise: bool = 
             f"{', '.join(absent[:3])}",
             "download or copy them again; config.json and weights must belong together",
         )
+    if broken := [name for name, weight in model.named_parameters() if not _is_finite(weight)]:
+        raise ModelError(
+            f"weights of {section.name_or_path} hold NaN or infinities in {dtype}: {', '.join(broken[:3])}"
+            f"{f', and {len(broken) - 3} more' if len(broken) > 3 else ''}",
+            "the model is broken, or model.dtype too narrow for it: take another copy, or another dtype",
+        )
     model.config.use_cache = False
     return model.train()
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Whether every number of a weight is finite; packed 4- and 8-bit numbers are, and those not in memory pass."""
+    if not weight.is_floating_point() or weight.is_meta or not weight.numel():
+        return True
+    return bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all())
 
 
 def quantisation(section: ModelSection, dtype: torch.dtype) -> BitsAndBytesConfig:

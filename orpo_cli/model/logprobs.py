@@ -86,13 +86,24 @@ class PairLogprobs(nn.Module):
         ]
         return pad_sequence(alone, batch_first=True)
 
-    def tokens(self, pair: TokenizedPair) -> int:
-        """What the pair takes of a micro-batch's tokens, padding counted where there is some."""
-        return flat_tokens(pair) if self.shares_prefix else 2 * max(len(pair.chosen_ids), len(pair.rejected_ids))
+    def tokens(self, *pairs: TokenizedPair) -> int:
+        """What the pairs take as one micro-batch, padding counted where there is some."""
+        if self.shares_prefix:
+            return sum(flat_tokens(pair) for pair in pairs)
+        return 2 * len(pairs) * max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
 
     def micro_batches(self, pairs: Sequence[TokenizedPair], max_tokens: int) -> list[list[TokenizedPair]]:
         """Cut pairs into micro-batches of at most `max_tokens` tokens, padding counted where there is some."""
         return cut_by_tokens(pairs, max_tokens) if self.shares_prefix else cut_by_padded_tokens(pairs, max_tokens)
+
+    def smaller_budget(self, tried: Sequence[TokenizedPair], others: Sequence[TokenizedPair] = ()) -> int | None:
+        """The tokens to go on with where memory ran out in the micro-batch `tried` and `others` are still to come.
+
+        Half of what it took, but no less than the longest pair; None where that is no less than what it took.
+        """
+        took = self.tokens(*tried)
+        smaller = max(took // 2, *(self.tokens(pair) for pair in (*tried, *others)))
+        return smaller if smaller < took else None
 
 
 def length_dependent_beyond(config: PreTrainedConfig) -> int | None:

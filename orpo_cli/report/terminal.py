@@ -11,7 +11,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+from orpo_cli import signals
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """A run is worth more than its reader: `orpo train ... 2>&1 | tee log` goes on, or saves, when tee is gone."""
+        self.quiet = True
+        signals.silence()
+
+
+console = _Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 _muted = False

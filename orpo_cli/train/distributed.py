@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Sequence
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -17,6 +21,8 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
+
+from orpo_cli.errors import RunError, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -40,7 +46,11 @@ class Processes:
 
     def share(self, items: Sequence[T]) -> list[T]:
         """This process's part of a list that is the same in all."""
-        return list(items[self.rank :: self.count])
+        return self.shares(items)[self.rank]
+
+    def shares(self, items: Sequence[T]) -> list[list[T]]:
+        """All processes' parts of it, by rank."""
+        return [list(items[rank :: self.count]) for rank in range(self.count)]
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Add up tensors over all processes, in place: small ones by the bucket, so that messages are few."""
@@ -60,18 +70,48 @@ class Processes:
         if self.count == 1:
             return number
         largest = torch.tensor(number, device=self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        with _explained():
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest.item())
+
+    def cost(self, started: float, tokens: float) -> dict[str, float]:
+        """What differs between two equal runs: seconds since `started`, speed, the most memory used so far (GiB)."""
+        seconds = time.perf_counter() - started
+        return {
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "peak_memory_gib": peak_memory_gib(self.device),
+        }
 
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
-            dist.barrier()
+            with _explained():
+                dist.barrier()
 
     def close(self) -> None:
         """Leave the process group."""
         if self.count > 1:
             dist.destroy_process_group()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory used so far: of the device's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say in our own words that the other processes are not there any more."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise RunError("another process of this run has ended", "what it said before, above, tells why") from error
 
 
 def _numel(tensors: list[Tensor]) -> int:
@@ -80,7 +120,8 @@ def _numel(tensors: list[Tensor]) -> int:
 
 def _all_reduce(bucket: list[Tensor]) -> None:
     flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-    dist.all_reduce(flat)
+    with _explained():
+        dist.all_reduce(flat)
     for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
         tensor.copy_(part.view_as(tensor))
 

@@ -43,6 +43,7 @@ from orpo_cli.recipe import Recipe, dump_recipe
 from orpo_cli.report.metrics import MetricsFile, read_metrics, whole_rows
 from orpo_cli.report.terminal import comparison, first_pair, mute, say, warn
 from orpo_cli.run import RunDirectory, check_unchanged, read_manifest
+from orpo_cli.signals import Noted, last_words
 from orpo_cli.train.checkpoint import (
     check_sound,
     delete_surplus,
@@ -53,8 +54,10 @@ from orpo_cli.train.checkpoint import (
     save_checkpoint,
 )
 from orpo_cli.train.distributed import Processes, seed_everything
-from orpo_cli.train.loop import Progress, Run, score_together, train_steps
+from orpo_cli.train.evaluation import score_together
+from orpo_cli.train.loop import train_steps
 from orpo_cli.train.optimizer import Optimizer, check_optimizer
+from orpo_cli.train.state import Progress, Run
 
 
 @dataclass(frozen=True)
@@ -150,10 +153,11 @@ def train_in(run: RunDirectory, recipe: Recipe, start: Start, processes: Process
         save=lambda: save(run, recipe, built, optimizer, progress) if processes.is_main else None,
     )
     describe_run(loop, built, plan)
-    with out_of_memory_explained(loop), files_closed(loop):
+    words = "--resume goes on from the newest checkpoint, if there is one"
+    with out_of_memory_explained(loop), files_closed(loop), last_words(words):
         train_steps(loop)
         if loop.held_out and loop.last_scores is None:  # resumed after its last step
-            loop.last_scores = score_together(loop)
+            loop.last_scores = score_together(loop, Noted())
         figures = finish(run, loop, text, built, held_out, record) if processes.is_main else {}
     processes.close()
     return figures
