@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -196,6 +198,39 @@ def test_scores_are_those_of_plain_passes_in_the_order_of_the_pairs(nll_tokens, 
             )
             assert scores.nll[i] == pytest.approx(-chosen[positions - 1].sum().item(), abs=1e-3)
             assert scores.nll_tokens[i] == len(positions)
+
+
+@pytest.mark.parametrize("shares_prefix", [True, False])
+def test_scores_outlive_a_lack_of_memory_down_to_the_longest_pair(monkeypatch, shares_prefix):
+    pairs, tried = random_pairs(9, seed=4), []
+    logprobs = PairLogprobs(tiny_model("llama"), shares_prefix=shares_prefix)
+    forward, room = PairLogprobs.forward, max(logprobs.tokens(pair) for pair in pairs)
+
+    def limited(self, batch):
+        tried.append(self.tokens(*batch.pairs))
+        if tried[-1] > room:
+            raise MemoryError
+        return forward(self, batch)
+
+    def score(**keywords):
+        return score_pairs(logprobs, pairs, nll_tokens="response", device=torch.device("cpu"), **keywords)
+
+    expected = score(max_tokens=4096)
+    monkeypatch.setattr(PairLogprobs, "forward", limited)
+    scores = score(max_tokens=4096, may_shrink=True)
+    for found, wanted in zip(dataclasses.astuple(scores), dataclasses.astuple(expected), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    failed = [size for size in tried if size > room]
+    assert failed == sorted(failed, reverse=True)
+    assert all(later <= earlier // 2 or later <= room for earlier, later in pairwise(failed))
+
+    with pytest.raises(MemoryError):  # what the user has set is not changed
+        score(max_tokens=4096)
+    room, tried[:] = room - 1, []
+    with pytest.raises(MemoryError):
+        score(max_tokens=4096, may_shrink=True)
+    assert tried[-1] == room + 1  # a pair by itself, tried once
+    assert tried.count(room + 1) == 1
 
 
 def test_pair_lines():

@@ -132,6 +132,7 @@ def flat_batch(pairs: Sequence[TokenizedPair], nll_tokens: str) -> FlatBatch:
         chosen_targets = np.arange(pair.chosen_start, chosen_length)
         nll_targets = nll_positions(pair, nll_tokens)
         rejected_targets = np.arange(pair.rejected_start, rejected_length)
+        assert min(len(chosen_targets), len(rejected_targets)) > 0, f"row {pair.index} has a response without tokens"
         # A token inside the shared part is the same prediction for both branches; computed once, used twice.
         on_chosen = np.union1d(np.union1d(chosen_targets, nll_targets), rejected_targets[rejected_targets < shared])
         on_rejected = rejected_targets[rejected_targets >= shared]
