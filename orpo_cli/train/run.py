@@ -458,6 +458,8 @@ def finish(
         figures = {**summarise(scores, loop.held_out, recipe.loss), "skipped": skipped(held_out)}
         write_file(run.eval_pairs, to_json_lines(pair_lines(scores, loop.held_out)))
         write_file(run.eval, to_json(figures))
+    if recipe.lora is None or recipe.output.merge:
+        require_space(run.merged, merged_bytes(built.base), "the merged model")
     if recipe.lora is None:
         write_directory(run.merged, lambda directory: save_model(built.base, text, recipe.model, directory))
     elif recipe.output.merge:
