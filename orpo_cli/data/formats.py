@@ -362,8 +362,10 @@ def _text(value: Any, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        surrogate = f"U+{ord(value[error.start]):04X}"
-        raise Drop("malformed", f"{where} has a lone surrogate, {surrogate}, at {error.start}") from None
+        code = ord(value[error.start])
+        if 0xDC80 <= code <= 0xDCFF:  # how such a byte is read
+            raise Drop("malformed", f"{where} is not UTF-8: byte 0x{code - 0xDC00:02x} at {error.start}") from None
+        raise Drop("malformed", f"{where} has a lone surrogate, U+{code:04X}, at {error.start}") from None
     return value
 
 

@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol, cast
 
@@ -131,9 +132,7 @@ class Rows:
         """Say where a position is: file or dataset, row (0-based), and for JSON lines the line (1-based)."""
         index, row = self._locate(position)
         part = self._parts[index]
-        if part.blank_lines is None:
-            return f"{part.name}, row {row}"
-        return f"{part.name}, row {row} (line {row + 1 + bisect.bisect(part.blank_lines, row)})"
+        return f"{part.name}, {_row_in_file(row, part.blank_lines)}"
 
     def _locate(self, position: int) -> tuple[int, int]:
         """Return the index of the part that holds the position, the last one if none does, and the offset in it."""
@@ -269,7 +268,7 @@ def _nearest(path: Path) -> str:
 
 def _file_part(source: int, path: Path, streamed: bool) -> Part:
     blank_lines: list[int] = []
-    with _damage_explained(path, lambda: 0):
+    with _damage_explained(path, lambda: "row 0"):
         with path.open("rb") as file:
             if file.read(40).startswith(b"version https://git-lfs.github.com/spec"):
                 raise DataError(f"{path} is a Git LFS pointer, not the data", "fetch the data with `git lfs pull`")
@@ -277,33 +276,41 @@ def _file_part(source: int, path: Path, streamed: bool) -> Part:
         if _kind(path) == "parquet":
             return _parquet_part(source, path, fingerprint, streamed)
         items, parse = _reader(path, blank_lines)
+    lines = blank_lines if parse is _parse_line else None
 
     def read(start: int) -> Iterator[Row]:
         row = 0
-        with _damage_explained(path, lambda: row):
+        with _damage_explained(path, lambda: _row_in_file(row, lines)):
             for item in items():
                 if row >= start:
                     yield parse(item)
                 row += 1
 
-    lines = blank_lines if parse is _parse_line else None
     if streamed:
         return Part(source, str(path), fingerprint, read, blank_lines=lines)
     held = list(read(0))
     return Part(source, str(path), fingerprint, lambda start: iter(held[start:]), len(held), blank_lines=lines)
 
 
+def _row_in_file(row: int, blank_lines: list[int] | None) -> str:
+    """Say which row (from 0) it is, and of JSON lines, where blank ones stand before these rows, the line (from 1)."""
+    return f"row {row}" if blank_lines is None else f"row {row} (line {row + 1 + bisect.bisect(blank_lines, row)})"
+
+
 @contextmanager
-def _damage_explained(path: Path, row: Callable[[], int]) -> Iterator[None]:
-    """Turn what a damaged file raises into a `DataError` that names the file and the row reached."""
+def _damage_explained(path: Path, row: Callable[[], str]) -> Iterator[None]:
+    """Turn what a damaged file raises into a `DataError` that names the file and the row reached.
+
+    What is left of a packed file that was cut short is never taken for the whole of it.
+    """
     try:
         yield
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path) from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is damaged or cut short: row {row()} cannot be read ({error})") from error
+        raise DataError(
+            f"{path} is damaged or cut short: {row()} cannot be read ({error})", "copy or download it again"
+        ) from error
     except OSError as error:
-        raise DataError(f"{path}, row {row()}: {error.strerror or error}") from error
+        raise DataError(f"{path}, {row()}: {error.strerror or error}") from error
 
 
 def _reader(path: Path, blank_lines: list[int]) -> tuple[Callable[[], Iterator[Any]], Callable[[Any], Row]]:
@@ -329,9 +336,22 @@ def _open(path: Path) -> IO[bytes]:
         file = io.BufferedReader(_ZstdFile(path))
     else:
         file = path.open("rb")
-    if file.peek(3).startswith(b"\xef\xbb\xbf"):
+    start = file.peek(3)
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        file.close()
+        raise DataError(f"{path} is UTF-16, not UTF-8", f"convert it, for instance: iconv -f UTF-16 -t UTF-8 {path}")
+    if start.startswith(b"\xef\xbb\xbf"):
         file.read(3)
     return cast(IO[bytes], file)
+
+
+# A byte that is no UTF-8 becomes a lone surrogate, which spoils the text that it stands in and no other row.
+_decoded = partial(str, encoding="utf-8", errors="surrogateescape")
+
+
+def _open_text(path: Path) -> IO[str]:
+    """Open a file for reading its text, line ends as they stand."""
+    return io.TextIOWrapper(_open(path), encoding="utf-8", errors="surrogateescape", newline="")
 
 
 class _ZstdFile(io.RawIOBase):
@@ -377,19 +397,6 @@ class _ZstdFile(io.RawIOBase):
         super().close()
 
 
-def _not_utf8(path: Path) -> DataError:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                return DataError(
-                    f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at {error.start})",
-                    f"convert it, for instance: iconv -f WINDOWS-1252 -t UTF-8 {path}",
-                )
-    return DataError(f"{path} is not UTF-8")
-
-
 # JSON: the value of every text is kept as it is
 
 
@@ -405,6 +412,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | BadRow:
 # Python writes NaN where other tools write null.
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_unique,
+    parse_int=lambda digits: int(digits) if len(digits) < 4000 else float(digits),  # Python reads no longer ones
     parse_constant=lambda name: None if name == "NaN" else float(name),
     strict=False,
 )
@@ -435,7 +443,7 @@ def _json_shape(path: Path) -> Literal["lines", "array", "object"]:
 def _value(text: bytes) -> Any:
     """Return the JSON value of a line, None if it is none by itself."""
     try:
-        return _DECODER.decode(text.decode())
+        return _DECODER.decode(_decoded(text))
     except (ValueError, RecursionError):
         return None
 
@@ -455,26 +463,44 @@ def _lines(path: Path, blank_lines: list[int]) -> Iterator[bytes]:
 
 
 def _parse_line(line: bytes) -> Row:
-    text = line.decode().rstrip()
+    text = _decoded(line).rstrip()
     try:
         return _as_row(_DECODER.decode(text))
     except json.JSONDecodeError as error:
-        return BadRow(f"not JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:
-        return BadRow(f"not JSON: {error}")
+        cut_short = "" if line.endswith(b"\n") else "; the file ends in this line: it may be cut short"
+        return BadRow(f"not JSON: {error.msg} at column {error.colno}{cut_short}")
+    except RecursionError:
+        return BadRow(_TOO_DEEP)
+
+
+_MAX_DEPTH = 100
+_TOO_DEEP = f"nested more than {_MAX_DEPTH} deep"
 
 
 def _as_row(value: Any) -> Row:
+    if _too_deep(value):
+        return BadRow(_TOO_DEEP)
     if isinstance(value, (Mapping, BadRow)):
         return value
     shown = json.dumps(value)
     return BadRow(f"not an object with columns: {shown if len(shown) <= 60 else shown[:57] + '...'}")
 
 
+def _too_deep(value: Any) -> bool:
+    """Whether lists and objects stand in one another deeper than any data needs, and than Python can show."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        nodes = [node for node in level if isinstance(node, (dict, list))]
+        if not nodes:
+            return False
+        level = [child for node in nodes for child in (node.values() if isinstance(node, dict) else node)]
+    return True
+
+
 def _array_items(path: Path) -> Iterator[Any]:
     """Give the items of a JSON array one by one, holding no more than some of the file at a time."""
     between = re.compile(r"[\s,]*")
-    with io.TextIOWrapper(_open(path), encoding="utf-8", newline="") as file:
+    with _open_text(path) as file:
         text = file.read(1 << 20).lstrip()
         at, row = 1, 0  # behind the opening bracket
         while True:
@@ -501,7 +527,7 @@ def _array_items(path: Path) -> Iterator[Any]:
 def _object_items(path: Path) -> Iterator[Any]:
     """Give the rows of a file that is one object: a wrapper around a list of rows, or a single row."""
     with _open(path) as file:
-        text = file.read().decode()
+        text = _decoded(file.read())
     try:
         value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -525,9 +551,12 @@ def _wrapped(value: Mapping[str, Any]) -> list[Any] | None:
 def _table_rows(path: Path, delimiter: str) -> Iterator[dict[str, str] | BadRow]:
     """Give a CSV file's rows, every value a text as it stands in the file."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a long answer is longer than the default allows
-    with io.TextIOWrapper(_open(path), encoding="utf-8", newline="") as file:
+    with _open_text(path) as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
-        header = next(reader, [])
+        try:
+            header = next(reader, [])
+        except csv.Error as error:
+            raise DataError(f"{path}, line 1: not CSV: {error}", "the first line names the columns") from error
         if repeated := [name for name in header if header.count(name) > 1]:
             raise DataError(f"{path}: two columns are named {repeated[0]!r}")
         while True:
@@ -548,46 +577,63 @@ def _parquet_part(source: int, path: Path, fingerprint: str, streamed: bool) -> 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def file() -> pq.ParquetFile:
-        # Parquet is read from its end: a packed file has to be unpacked first, in memory.
-        packed = path.suffix.lower() in (".gz", ".zst")
-        with _damage_explained(path, lambda: 0):
-            return pq.ParquetFile(io.BytesIO(_open(path).read()) if packed else path)
-
-    def read(start: int) -> Iterator[Row]:
-        with file() as opened:
-            for group in range(opened.num_row_groups):
-                size = opened.metadata.row_group(group).num_rows
-                if start >= size:
-                    start -= size
-                    continue
-                for batch in opened.iter_batches(batch_size=256, row_groups=[group]):
-                    yield from batch.slice(start).to_pylist()
-                    start = max(0, start - len(batch))
-
-    def explained(rows: Iterator[Row]) -> Iterator[Row]:
+    @contextmanager
+    def opened() -> Iterator[pq.ParquetFile]:
+        content: Path | IO[bytes] = path
+        if path.suffix.lower() in (".gz", ".zst"):  # Parquet is read from its end: unpacked first, in memory
+            with _damage_explained(path, lambda: "row 0"), _open(path) as packed:
+                content = io.BytesIO(packed.read())
         try:
-            yield from rows
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} is damaged, or no Parquet file: {_first_line(error)}") from error
+            with pq.ParquetFile(content) as file:
+                yield file
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{path} is damaged, or no Parquet file: {_first_line(error)}", "copy or download it again"
+            ) from error
 
-    try:
-        with file() as opened:
-            count = opened.metadata.num_rows
-            table = None if streamed else opened.read()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged, or no Parquet file: {_first_line(error)}") from error
-    if table is None:
-        return Part(source, str(path), fingerprint, lambda start: explained(read(start)), count)
-    batches = table.to_batches(max_chunksize=256)
+    def batches(start: int) -> Iterator[Any]:
+        """Give the rows from `start` on, some hundred at a time."""
+        with opened() as file:
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if start >= rows:
+                    start -= rows
+                    continue
+                for batch in file.iter_batches(batch_size=256, row_groups=[group]):
+                    rows -= len(batch)
+                    yield batch.slice(start)
+                    start = max(0, start - len(batch))
+                if rows:  # nothing else would tell
+                    raise pa.ArrowInvalid(f"row group {group} ends {rows} rows early")
 
-    def held(start: int) -> Iterator[Row]:
-        for batch in batches:
+    with opened() as file:
+        names = file.schema_arrow.names
+        count = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{path}: two columns are named {repeated[0]!r}")
+    held = [] if streamed else list(batches(0))
+
+    def held_batches(start: int) -> Iterator[Any]:
+        for batch in held:
             if start < len(batch):
-                yield from batch.slice(start).to_pylist()
+                yield batch.slice(start)
             start = max(0, start - len(batch))
 
-    return Part(source, str(path), fingerprint, lambda start: explained(held(start)), count)
+    def read(start: int) -> Iterator[Row]:
+        for batch in batches(start) if streamed else held_batches(start):
+            yield from _rows_of_batch(batch)
+
+    return Part(source, str(path), fingerprint, read, count)
+
+
+def _rows_of_batch(batch: Any) -> list[Row]:
+    """Return a columnar batch's rows; one with a value that Python has none for, or that is no UTF-8, is a bad row."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if len(batch) == 1:
+            return [BadRow(f"a value cannot be read: {_first_line(error)}")]
+        return [row for i in range(len(batch)) for row in _rows_of_batch(batch.slice(i, 1))]
 
 
 # Fingerprints

@@ -157,7 +157,7 @@ def test_a_broken_line_is_one_bad_row(tmp_path):
     assert twice == BadRow("the key 'a' stands twice in one object")
     assert nan == {"a": None}
     assert surrogate == {"a": "\ud83d"}
-    assert "recursion" in deep.detail
+    assert deep == BadRow("nested more than 100 deep")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
@@ -368,6 +368,7 @@ def test_truncated_archive(tmp_path, pack, streaming):
     content = pack(lines(rows))
     error = error_of(put(tmp_path / f"a.jsonl.{suffix}", content[:-1000]), streaming=streaming)
     assert f"a.jsonl.{suffix} is damaged or cut short: row 4" in error.message
+    assert " (line 4" in error.message
     assert "damaged" in error_of(put(tmp_path / f"b.jsonl.{suffix}", lines(ROWS))).message
 
 
@@ -384,15 +385,43 @@ def test_broken_json_files(tmp_path, content, problem):
     assert problem in error_of(put(tmp_path / "a.json", content)).message
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
-def test_not_utf8(tmp_path, name):
-    texts = ["prompt,chosen", "a,b", "é,b"] if name == "a.csv" else ['[{"p": "a"},', '{"p": "b"},', '{"p": "é"}]']
-    if name == "a.jsonl":
-        texts = [text.strip("[],") for text in texts]
-    error = error_of(put(tmp_path / name, "\n".join(texts).encode("latin-1")))
-    assert f"{name}, line 3: not UTF-8 (byte 0xe9" in error.message
-    assert "iconv" in (error.hint or "")
-    assert "line 1: not UTF-8" in error_of(put(tmp_path / name, "\n".join(texts).encode("utf-16"))).message
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "b.json", "a.csv"])
+def test_a_byte_that_is_not_utf8_spoils_its_own_text_alone(tmp_path, name):
+    content = {
+        "a.jsonl": '{"p": "a", "q": "é"}\n{"p": "b", "q": "c"}\n',
+        "a.json": '[{"p": "a", "q": "é"},\n{"p": "b", "q": "c"}]',
+        "b.json": '{"data": [{"p": "a", "q": "é"}, {"p": "b", "q": "c"}]}',
+        "a.csv": "p,q\na,é\nb,c\n",
+    }[name]
+    expected = [{"p": "a", "q": "\udce9"}, {"p": "b", "q": "c"}]
+    assert all_rows(put(tmp_path / name, content.encode("latin-1"))) == expected
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz"])
+def test_utf16_is_refused(tmp_path, name):
+    content = 'p,q\n{"p": "a"}\n'.encode("utf-16")
+    error = error_of(put(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content))
+    assert f"{name} is UTF-16, not UTF-8" in error.message
+    assert "iconv -f UTF-16" in (error.hint or "")
+
+
+def test_a_last_line_that_is_cut_short_is_a_bad_row_that_says_so(tmp_path):
+    *rows, last = all_rows(put(tmp_path / "a.jsonl", lines(ROWS)[:-9]))
+    assert rows == ROWS[:-1]
+    assert last.detail.startswith("not JSON:")
+    assert "cut short" in last.detail
+
+
+def test_rows_nested_too_deeply_and_numbers_too_long(tmp_path):
+    deep, number = "[" * 300 + "]" * 300, "9" * 5000
+    for content in (f'{{"a": {deep}}}\n{deep}\n{{"a": {number}}}\n', f'[{{"a": {deep}}}, {deep}, {{"a": {number}}}]'):
+        first, second, third = all_rows(put(tmp_path / "a.json", content.encode()))
+        assert first == second == BadRow("nested more than 100 deep")
+        assert third == {"a": float("inf")}
+
+
+def test_a_csv_header_that_is_broken(tmp_path):
+    assert "line 1: not CSV" in error_of(put(tmp_path / "a.csv", b'"p"q,r\n1,2\n')).message
 
 
 def test_damaged_parquet_and_lfs_pointer(tmp_path):
@@ -402,8 +431,40 @@ def test_damaged_parquet_and_lfs_pointer(tmp_path):
         assert "Git LFS pointer" in error_of(put(tmp_path / name, pointer)).message
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_damaged_parquet_is_never_taken_for_a_shorter_one(tmp_path, streaming):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(ROWS * 100), tmp_path / "a.parquet", row_group_size=200, use_dictionary=False)
+    whole = (tmp_path / "a.parquet").read_bytes()
+    for end in range(0, len(whole), len(whole) // 20):
+        assert "damaged" in error_of(put(tmp_path / "b.parquet", whole[:end]), streaming=streaming).message
+    middle = len(whole) // 2
+    spoilt = whole[: middle - 500] + bytes(1000) + whole[middle + 500 :]
+    assert "damaged" in error_of(put(tmp_path / "b.parquet", spoilt), streaming=streaming).message
+
+
+def test_values_of_parquet_that_python_has_none_for(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    days = pa.array([0, 10**15, 1], pa.int64()).view(pa.timestamp("s"))
+    words = pa.array([b"a", b"b", b"\xe9"]).view(pa.string())
+    pq.write_table(pa.table({"day": days, "p": words}), tmp_path / "a.parquet")
+    first, second, third = all_rows(str(tmp_path / "a.parquet"))
+    assert first["p"] == "a"
+    assert second.detail.startswith("a value cannot be read: ")
+    assert "utf-8" in third.detail
+
+
 def test_a_table_with_a_column_twice(tmp_path):
     assert "two columns are named 'a'" in error_of(put(tmp_path / "a.csv", b"a,a\n1,2\n")).message
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"]), tmp_path / "a.parquet")
+    assert "two columns are named 'a'" in error_of(str(tmp_path / "a.parquet")).message
 
 
 # The hub, against a stand-in
