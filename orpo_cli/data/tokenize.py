@@ -10,6 +10,7 @@ import copy
 import json
 import secrets
 import sys
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -119,6 +120,7 @@ class PairTokenizer:
 
         A row that cannot be used gives its Drop in its place; errors are raised as by a single call.
         """
+        rows = [(index, _within(self.max_length, pair)) for index, pair in rows]
         rendered: list[tuple[_Text, _Text] | Drop] = []
         for index, pair in rows:
             try:
@@ -340,10 +342,14 @@ class PairTokenizer:
         if self.overlong == "drop":
             raise Drop("overlong", too_long)
 
-        for shorter in _shorter_prompts(self._dialogue(pair, index)):
-            if self._excess(chosen, rejected) <= 0:
-                break
-            chosen, rejected = self._encode(self._texts(pair, shorter))
+        shorter = list(_shorter_prompts(self._dialogue(pair, index)))
+        if shorter and self._excess(chosen, rejected) > 0:
+
+            def fits(prompt: tuple[Message, ...]) -> bool:
+                return self._excess(*self._encode(self._texts(pair, prompt))) <= 0
+
+            longest = min(bisect_left(shorter, True, key=fits), len(shorter) - 1)
+            chosen, rejected = self._encode(self._texts(pair, shorter[longest]))
         excess = self._excess(chosen, rejected)
         if excess > 0:
             if min(chosen.start, rejected.start) - excess < 1:
@@ -502,6 +508,31 @@ def _written(content: str, after: str, text: str, position: int) -> int | None:
 def _first_past(ends: np.ndarray, position: int) -> int:
     """The first token whose last character stands at `position` or later; their number if there is none."""
     return int(np.argmax(np.append(ends > position, True)))
+
+
+# Characters; no common vocabulary has a longer token (some have runs of 128 blanks).
+_LONGEST_TOKEN = 256
+
+
+def _within(tokens: int, pair: Pair) -> Pair:
+    """The pair less what no length policy could keep in so many tokens, so that megabytes in a row cost no more.
+
+    Policies keep the end of a prompt and the beginning of an answer.
+    """
+    limit = _LONGEST_TOKEN * tokens
+    prompt = pair.prompt
+    if isinstance(prompt, str):
+        prompt = prompt[-limit:]
+    elif len(prompt) > tokens or any(len(message.content) > limit for message in prompt):
+        fewer = next((turns for turns in _shorter_prompts(prompt) if len(turns) <= tokens), prompt) if len(prompt) > tokens else prompt
+        prompt = tuple(replace(message, content=message.content[-limit:]) for message in fewer)
+    return replace(
+        pair,
+        prompt=prompt,
+        chosen=pair.chosen[:limit],
+        rejected=pair.rejected[:limit],
+        system=pair.system and pair.system[-limit:],
+    )
 
 
 def _shorter_prompts(prompt: tuple[Message, ...] | str) -> Iterator[tuple[Message, ...]]:

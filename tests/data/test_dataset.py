@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -478,3 +479,23 @@ def test_streamed_is_held_on_a_real_file(make_tokenizer):
         assert held_position == streamed_position
         assert np.array_equal(held.chosen_ids, streamed.chosen_ids)
         assert np.array_equal(held.rejected_ids, streamed.rejected_ids)
+
+
+@STREAMED
+def test_rows_of_megabytes_cost_no_more_than_long_ones(make_tokenizer, tmp_path, streaming):
+    size = 5_000_000
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * (size // 100)
+    huge = [
+        {"prompt": "x" * size, "chosen": "a", "rejected": "b"},
+        {"prompt": "Q", "chosen": "word " * (size // 5), "rejected": "b"},
+        {"prompt": "</s>" * (size // 4), "chosen": "a", "rejected": "b"},
+        {"prompt": [*turns, {"role": "user", "content": "c"}], "chosen": "a", "rejected": "b"},
+    ]
+    path = write(tmp_path / "huge.jsonl", [*huge, good(4)])
+    tokenise = make_tokenizer(100)
+    started = time.process_time()
+    pairs, _ = load(tokenise, path, streaming=streaming, max_dropped=1.0)
+    assert time.process_time() - started < 10
+    assert (pairs.rows, pairs.pairs) == (5, 1)
+    assert pairs.dropped == {"overlong": 4}
+    assert f"{path}, row 0 (line 1)" in pairs.examples["overlong"]

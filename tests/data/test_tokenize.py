@@ -709,3 +709,25 @@ def test_a_saved_and_reloaded_tokenizer_gives_the_same_tokens(tmp_path, name, se
         assert np.array_equal(result.chosen_ids, expected.chosen_ids)
         assert np.array_equal(result.rejected_ids, expected.rejected_ids)
         assert (result.chosen_start, result.rejected_start) == (expected.chosen_start, expected.rejected_start)
+
+
+@pytest.mark.parametrize("overlong", ["truncate_prompt", "truncate_response"])
+def test_what_no_policy_could_keep_is_not_looked_at(overlong, monkeypatch):
+    """A long row gives the same tokens whether the part of it that goes is cut off before or after tokenising."""
+    turns = [Message(role, f"{i} " + "é" * i) for i in range(60) for role in ("user", "assistant")]
+    for pair in (
+        Pair("q" * 900 + "?", "answer", "reply"),
+        Pair("Q", "a" * 900, "b" * 20),
+        Pair((Message("system", "s"), *turns, Message("user", "?")), "a" * 30, "b"),
+    ):
+        monkeypatch.setattr("orpo_cli.data.tokenize._LONGEST_TOKEN", 4)
+        [early] = prepared(tiny(), "chatml", max_length=64, overlong=overlong).batch([(0, pair)])
+        monkeypatch.setattr("orpo_cli.data.tokenize._LONGEST_TOKEN", 10**6)
+        [late] = prepared(tiny(), "chatml", max_length=64, overlong=overlong).batch([(0, pair)])
+        if isinstance(late, Drop):
+            assert isinstance(early, Drop)
+            assert early.reason == late.reason == "overlong"
+        else:
+            assert early.chosen_ids.tolist() == late.chosen_ids.tolist()
+            assert early.rejected_ids.tolist() == late.rejected_ids.tolist()
+            assert early.chosen_start == late.chosen_start
