@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,16 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file", "name another directory with --output-dir")
+        whole = self.path.resolve()
+        for parent, child in pairwise([*reversed(whole.parents), whole]):
+            if child.name in DIRECTORIES and (parent / "manifest.json").is_file():
+                raise InputError(f"{self.path} lies inside the run {parent}", "name another directory")
+        for name in (LOCK, *FILES, *DIRECTORIES):
+            if (self.path / name).is_symlink():
+                raise InputError(
+                    f"{self.path / name} is a link, and a run writes nothing outside of its directory",
+                    "remove the link; a run that needs more room takes another --output-dir",
+                )
         with held(self.path / LOCK, self.path):
             if self.holds_run() and not (resume or overwrite):
                 raise InputError(

@@ -56,7 +56,7 @@ def loads(folder: Path, text: bytes, *overrides: str) -> None:
     try:
         recipe = load_recipe(path, overrides)
     except RecipeError as error:
-        assert error.message.strip()
+        assert error.message.strip()  # noqa: PT017
         return
     path.write_text(dump_recipe(recipe), encoding="utf-8")
     assert load_recipe(path) == recipe
@@ -75,7 +75,7 @@ FULL: dict[str, Any] = {
     "output": {"dir": "runs/x"},
 }
 RECIPES = [FULL, *(yaml.safe_load(path.read_text()) for path in sorted(Path("recipes").glob("*.yaml")))]
-KEYS = sorted({part for key in section_keys() for part in key.split(".")}) + ["path", "holdout", "column", "eq", "<<"]
+KEYS = [*sorted({part for key in section_keys() for part in key.split(".")}), "path", "holdout", "column", "eq", "<<"]
 
 words = st.sampled_from(KEYS) | st.text(max_size=8)
 scalars = (
@@ -84,7 +84,9 @@ scalars = (
     | st.integers()
     | st.floats()
     | st.text(max_size=12)
-    | st.sampled_from(["auto", "none", "true", "1e-5", "8-bit", "x.jinja", "(", "{holdout: 3}", "a" * 300, -1, 0, 2**64])
+    | st.sampled_from(
+        ["auto", "none", "true", "1e-5", "8-bit", "x.jinja", "(", "{holdout: 3}", "a" * 300, -1, 0, 2**64]
+    )
 )
 trees = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=8
@@ -144,7 +146,22 @@ def mutated_bytes(draw: st.DrawFn, contents: list[bytes], pieces: list[bytes]) -
 RECIPE_TEXTS = [yaml.safe_dump(recipe, sort_keys=False).encode() for recipe in RECIPES]
 YAML_PIECES = [
     *(b": ", b"- ", b"\n", b"  ", b"\t", b"&a ", b"*a", b"!!python/name:os.system ", b"!!int ", b"<<: ", b"? ", b"|\n"),
-    *(b"[", b"]", b"{", b"}", b"'", b'"', b"#", b"---\n", b"...\n", b"%YAML 1.1\n", b"\\x", b"\0", b"\xff", b"\xef\xbb\xbf"),
+    *(
+        b"[",
+        b"]",
+        b"{",
+        b"}",
+        b"'",
+        b'"',
+        b"#",
+        b"---\n",
+        b"...\n",
+        b"%YAML 1.1\n",
+        b"\\x",
+        b"\0",
+        b"\xff",
+        b"\xef\xbb\xbf",
+    ),
     *(b"\xed\xa0\x80", "é\u2028🙂".encode(), b"1e400", b".nan", b"-.inf", b"9" * 5000, b"train:\n", b"lora: null\n"),
 ]
 
@@ -187,7 +204,10 @@ def test_any_overrides(folder: Path, overrides: list[str]) -> None:
 @pytest.fixture(scope="module")
 def tokenise(tiny_base: Path) -> PairTokenizer:
     recipe = Recipe.model_validate(
-        {"model": {"name_or_path": str(tiny_base), "chat_template": "chatml"}, "data": {"train": "-", "max_length": 120}}
+        {
+            "model": {"name_or_path": str(tiny_base), "chat_template": "chatml"},
+            "data": {"train": "-", "max_length": 120},
+        }
     )
     return pair_tokenizer(recipe, load_text_side(recipe))
 
@@ -199,7 +219,7 @@ def outcome(tokenise: PairTokenizer, path: Path, **data: Any) -> Any:
         pairs, _ = load_pairs(section, tokenise, TrainSection())
         read = [(index, result) for index, _, result in pairs.reader.read() if index not in pairs.excluded]
     except DataError as error:
-        assert error.message.strip()
+        assert error.message.strip()  # noqa: PT017
         return error.message
     kept = [(index, pair.chosen_ids.tolist(), pair.chosen_start) for index, pair in read if hasattr(pair, "chosen_ids")]
     assert len(kept) == pairs.pairs
@@ -223,7 +243,9 @@ VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "type", "text"]) | TEXTS, inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "type", "text"]) | TEXTS, inner, max_size=2
+        )
         | st.builds(lambda role, text: {"role": role, "content": text}, st.sampled_from(["user", "assistant"]), inner)
     ),
     max_leaves=8,
@@ -296,7 +318,12 @@ WRITERS: dict[str, Callable[[list[Any]], bytes]] = {
     "rows.jsonl.gz": lambda rows: gzip.compress(as_lines(rows), mtime=0),
     "rows.json.zst": lambda rows: zstandard.ZstdCompressor().compress(json.dumps({"data": rows}).encode()),
 }
-FILTERS = [[], [{"column": "score", "ge": 1}], [{"column": "prompt", "contains": "Q"}], [{"column": "chosen.0", "ne": 3}]]
+FILTERS = [
+    [],
+    [{"column": "score", "ge": 1}],
+    [{"column": "prompt", "contains": "Q"}],
+    [{"column": "chosen.0", "ne": 3}],
+]
 
 
 @fuzz
@@ -328,7 +355,8 @@ FILES: dict[str, list[bytes]] = {
     "rows.csv.zst": [zstandard.ZstdCompressor().compress(as_csv(GOOD[:1] * 4))],
     "rows.parquet.gz": [gzip.compress(as_parquet(GOOD[:1]), mtime=0)],
 }
-ANY_FILE = st.tuples(st.sampled_from(list(FILES)), st.binary() | mutated_bytes(sum(FILES.values(), []), DATA_PIECES))
+ANY_CONTENT = [content for contents in FILES.values() for content in contents]
+ANY_FILE = st.tuples(st.sampled_from(list(FILES)), st.binary() | mutated_bytes(ANY_CONTENT, DATA_PIECES))
 OF_ITS_KIND = [st.tuples(st.just(name), mutated_bytes(contents, DATA_PIECES)) for name, contents in FILES.items()]
 
 

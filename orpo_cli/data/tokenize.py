@@ -524,7 +524,11 @@ def _within(tokens: int, pair: Pair) -> Pair:
     if isinstance(prompt, str):
         prompt = prompt[-limit:]
     elif len(prompt) > tokens or any(len(message.content) > limit for message in prompt):
-        fewer = next((turns for turns in _shorter_prompts(prompt) if len(turns) <= tokens), prompt) if len(prompt) > tokens else prompt
+        fewer = (
+            next((turns for turns in _shorter_prompts(prompt) if len(turns) <= tokens), prompt)
+            if len(prompt) > tokens
+            else prompt
+        )
         prompt = tuple(replace(message, content=message.content[-limit:]) for message in fewer)
     return replace(
         pair,

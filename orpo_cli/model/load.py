@@ -6,6 +6,7 @@ Only safetensors are read, and a repository's own code runs only under `model.tr
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from orpo_cli.errors import ModelError, OrpoError, is_out_of_memory
 from orpo_cli.recipe.schema import ModelSection
@@ -46,17 +48,27 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The base's tokenizer."""
     with _explained(section):
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
+    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if odd := [name for name in templates if Path(name).name != name]:  # each is saved as a file of that name
+        raise ModelError(f"{section.name_or_path} has a chat template named {odd[0]!r}", "rename or remove it")
+    return tokenizer
 
 
 def load_config(section: ModelSection) -> PreTrainedConfig:
     """The base's configuration; reads no weights."""
     with _explained(section):
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
+    if "/" in str(config._attn_implementation) and not section.trust_remote_code:
+        raise ModelError(
+            f"{section.name_or_path} asks for attention code from the hub, {config._attn_implementation}",
+            "remove attn_implementation from its config.json; if you trust it, set model.trust_remote_code: true",
+        )
+    return config
 
 
 def base_revision(section: ModelSection) -> str | None:
@@ -124,6 +136,7 @@ def load_model(section: ModelSection, device: torch.device, *, quantise: bool = 
     if quantise and (section.load_in_4bit or section.load_in_8bit):
         arguments["quantization_config"] = quantisation(section, dtype)
     with _explained(section):
+        _check_weight_files(section, config)
         model, info = AutoModelForCausalLM.from_pretrained(
             section.name_or_path,
             revision=section.revision,
@@ -157,6 +170,37 @@ def _is_finite(weight: Tensor) -> bool:
     if not weight.is_floating_point() or weight.is_meta or not weight.numel():
         return True
     return bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all())
+
+
+def _check_weight_files(section: ModelSection, config: PreTrainedConfig) -> None:
+    """Raise ModelError where transformers would take weights from anything but the repository's own safetensors.
+
+    A configuration may name another file, an index other shards, an adapter beside the model another base.
+    """
+
+    def own(filename: str) -> Path | None:
+        found = cached_file(
+            section.name_or_path,
+            filename,
+            revision=section.revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return Path(found) if found else None
+
+    name = section.name_or_path
+    if own("adapter_config.json"):
+        raise ModelError(
+            f"{name} is an adapter, or holds one beside the model",
+            "name the base in model.name_or_path, and the adapter in lora.adapter",
+        )
+    if named := getattr(config, "transformers_weights", None):
+        raise ModelError(f"config.json of {name} names another file for the weights: {named}", "remove the key")
+    if index := own("model.safetensors.index.json"):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        for shard in sorted(map(str, shards)):
+            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise ModelError(f"{index.name} of {name} names {shard}", "shards are safetensors files beside it")
 
 
 def quantisation(section: ModelSection, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -86,6 +86,7 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, trainable: bo
             f"{directory} has no adapter_model.safetensors",
             "orpo loads no pickled weights; save it as safetensors",
         )
+    _check_kind(directory)
     try:
         return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
     except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
@@ -93,6 +94,19 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, trainable: bo
             f"the adapter {directory} does not fit the base: {' '.join(str(error).split())[:300]}",
             "an adapter goes with the base it was trained on",
         ) from error
+
+
+def _check_kind(directory: Path) -> None:
+    """Raise ModelError unless it is a LoRA: what peft does for other kinds may import modules or load tokenizers."""
+    try:
+        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+        kind, megatron = config.get("peft_type"), config.get("megatron_config")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{directory}/adapter_config.json is damaged: {error}", "copy or download it again") from error
+    if kind != "LORA":
+        raise ModelError(f"{directory} is an adapter of the kind {kind}", "orpo trains and loads LoRA adapters")
+    if megatron:
+        raise ModelError(f"{directory} is for Megatron, whose code its configuration names", "remove megatron_config")
 
 
 def _downloaded(name: str) -> Path:

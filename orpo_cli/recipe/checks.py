@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from orpo_cli.redact import redact
+
 if TYPE_CHECKING:
     from orpo_cli.recipe.schema import Recipe
 
@@ -78,6 +80,26 @@ def _matches(tree: Any, parts: list[str], prefix: str = "") -> Iterator[tuple[st
 
 def _brief(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value}"
+
+
+def secrets(recipe: Recipe) -> Iterator[Fault]:
+    """Faults for tokens and passwords: the recipe is saved with the run, and runs are passed on."""
+    for key, text in _texts(recipe.model_dump(mode="json")):
+        if redact(text) != text:
+            yield Fault(
+                key.removesuffix("."),
+                "holds a token or password, and recipes are saved with the run",
+                "take it out; a hub token goes into the environment, as HF_TOKEN, or `hf auth login` keeps it",
+            )
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a tree, with its dotted key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(item, f"{key}{name}.")
 
 
 def impossible(recipe: Recipe) -> Iterator[Fault]:

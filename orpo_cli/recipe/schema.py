@@ -451,7 +451,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
-        if faults := [*checks.not_yet(self), *checks.impossible(self)]:
+        if faults := [*checks.not_yet(self), *checks.impossible(self), *checks.secrets(self)]:
             raise checks.ImpossibleRecipeError(faults)
         return self
 

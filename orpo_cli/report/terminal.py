@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orpo_cli import signals
+from orpo_cli.redact import redact
 
 
 class _Console(Console):
@@ -37,21 +38,21 @@ def say(text: str | Text | Table = "") -> None:
     """A line for people."""
     if _muted:
         return
-    console.print(text if not isinstance(text, str) else Text(text))
+    console.print(text if not isinstance(text, str) else Text(harmless(text)))
 
 
 def warn(text: str) -> None:
     """A line that wants attention and stops nothing."""
     if _muted:
         return
-    console.print(Text("warning: ", style="yellow") + Text(text))
+    console.print(Text("warning: ", style="yellow") + Text(harmless(text)))
 
 
 def print_error(message: str, hint: str | None) -> None:
     """`error:` and `hint:` lines."""
-    console.print(Text("error: ", style="bold red") + Text(message))
+    console.print(Text("error: ", style="bold red") + Text(harmless(message)))
     if hint:
-        console.print(Text("hint: ", style="cyan") + Text(hint))
+        console.print(Text("hint: ", style="cyan") + Text(harmless(hint)))
 
 
 class StepDisplay:
@@ -136,8 +137,12 @@ def pair_lines(pieces: Pieces) -> Iterator[Text]:
 
 def visible(token: str) -> str:
     """A token's text with its white space and control characters made visible; none reaches the terminal."""
-    token = token.replace("\n", "⏎").replace("\t", "→").replace("\r", "␍")
-    return "".join(c if c.isprintable() or c in "\u200d\u00a0" else f"\\x{ord(c):02x}" for c in token)
+    return harmless(token.replace("\n", "⏎").replace("\t", "→").replace("\r", "␍"))
+
+
+def harmless(text: str) -> str:
+    """Text that may come from anyone: line ends stay, escape sequences are shown and not obeyed, secrets are hidden."""
+    return "".join(c if c.isprintable() or c in "\n\t\u200d\u00a0" else f"\\x{ord(c):02x}" for c in redact(text))
 
 
 def comparison(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Table:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -84,7 +85,10 @@ def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tenso
     """Weights, optimizer tensors and state of a checkpoint. Raises InputError if any byte of it has changed."""
     check_sound(directory)
     weights = next(directory / name for name in WEIGHTS if (directory / name).exists())
-    return load_file(weights), load_file(directory / "optimizer.safetensors"), read_state(directory)
+    try:
+        return load_file(weights), load_file(directory / "optimizer.safetensors"), read_state(directory)
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"the checkpoint {directory} was not written by orpo: {error}", "name another one") from error
 
 
 def newest_sound(directory: Path) -> tuple[Path | None, list[str]]:
@@ -108,7 +112,9 @@ def checkpoints(directory: Path) -> list[Path]:
     """All checkpoints in a run's `checkpoints/`, by step."""
     if not directory.is_dir():
         return []
-    return sorted((p for p in directory.iterdir() if _NAME.match(p.name) and p.is_dir()), key=step_of)
+    return sorted(
+        (p for p in directory.iterdir() if _NAME.match(p.name) and p.is_dir() and not p.is_symlink()), key=step_of
+    )
 
 
 def step_of(checkpoint: Path) -> int:

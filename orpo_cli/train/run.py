@@ -40,6 +40,7 @@ from orpo_cli.model.load import base_content, base_revision
 from orpo_cli.model.lora import save_adapter
 from orpo_cli.model.memory import Needs, Plan, checkpoint_layers, choose_plan, device_memory
 from orpo_cli.recipe import Recipe, dump_recipe
+from orpo_cli.redact import redact
 from orpo_cli.report.metrics import MetricsFile, read_metrics, whole_rows
 from orpo_cli.report.terminal import comparison, first_pair, mute, say, warn
 from orpo_cli.run import RunDirectory, check_unchanged, read_manifest
@@ -293,7 +294,7 @@ def facts(
     device = processes.device
     packages = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "tokenizers")
     return {
-        "command": shlex.join(start.command),
+        "command": redact(shlex.join(start.command)),
         "versions": {"orpo": __version__, "python": platform.python_version()} | {p: version(p) for p in packages},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() or device.type,
         "device_type": device.type,
