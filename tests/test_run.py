@@ -96,6 +96,8 @@ def test_overwriting_does_not_follow_a_link(tmp_path):
     run = RunDirectory(tmp_path / "run")
     run.path.mkdir()
     (run.path / "merged").symlink_to(elsewhere)
+    with pytest.raises(InputError, match="is a link"):
+        claim(run.path, overwrite=True)
     run.clear()
     assert not (run.path / "merged").is_symlink()
     assert (elsewhere / "precious").exists()

@@ -365,6 +365,11 @@ def test_a_recipe_s_tags_are_refused(tmp_path: Path, mark: Path, module: str, va
 # Runs
 
 
+def claim(path: Path, **options: bool) -> None:
+    with RunDirectory(path).claimed(**options):
+        pass
+
+
 def test_pickles_in_a_checkpoint_are_left_alone(run: Path, mark: Path, tiny_recipe: Callable[..., Path]) -> None:
     before = (run / "adapter/adapter_model.safetensors").read_bytes()
     shutil.rmtree(run / "checkpoints/step-000004")
@@ -396,7 +401,7 @@ def test_a_run_does_not_write_through_links(run: Path, tmp_path: Path, name: str
     (run / name).symlink_to(outside)
     for options in ({"resume": True, "overwrite": False}, {"resume": False, "overwrite": True}):
         with pytest.raises(InputError, match="is a link"):
-            RunDirectory(run).claim(**options)
+            claim(run, **options)
     assert outside.exists()
 
 
@@ -410,8 +415,8 @@ def test_a_checkpoint_that_is_a_link_is_none(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("inside", ["checkpoints/x", "adapter", "merged/deep/er", "../run/checkpoints/x"])
 def test_a_run_does_not_lie_in_what_another_one_replaces(run: Path, inside: str) -> None:
     with pytest.raises(InputError, match="lies inside the run"):
-        RunDirectory(run / inside).claim(resume=False, overwrite=True)
-    RunDirectory(run / "sweep/x").claim(resume=False, overwrite=False)
+        claim(run / inside, resume=False, overwrite=True)
+    claim(run / "sweep/x", resume=False, overwrite=False)
 
 
 # Secrets and the network, seen from outside of the process

@@ -273,10 +273,17 @@ def _whole(prompt: str | tuple[Message, ...] | None, side: str | tuple[Message, 
         # A prompt beside a whole dialogue merely repeats its first question: the dialogue decides.
         return (Message("user", prompt), *side) if len(side) == 1 else side
     prompt = prompt or ()
-    overlap = max(n for n in range(len(prompt) + 1) if prompt[len(prompt) - n :] == side[:n])
+    overlap = next(n for n in range(min(len(prompt), len(side)), -1, -1) if _ends_with(prompt, side, n))
     if not overlap and prompt and side and prompt[-1].role == "user" and side[0].role in ("system", "user"):
         return side  # it begins anew, in other words than the prompt's
     return prompt + side[overlap:]
+
+
+def _ends_with(prompt: tuple[Message, ...], side: tuple[Message, ...], count: int) -> bool:
+    """Whether the prompt's last `count` messages are the side's first; its ends decide that in most cases."""
+    if not count:
+        return True
+    return prompt[-count] == side[0] and prompt[-1] == side[count - 1] and prompt[-count:] == side[:count]
 
 
 # Values of a column

@@ -523,13 +523,14 @@ def _within(tokens: int, pair: Pair) -> Pair:
     prompt = pair.prompt
     if isinstance(prompt, str):
         prompt = prompt[-limit:]
-    elif len(prompt) > tokens or any(len(message.content) > limit for message in prompt):
-        fewer = (
-            next((turns for turns in _shorter_prompts(prompt) if len(turns) <= tokens), prompt)
-            if len(prompt) > tokens
-            else prompt
-        )
-        prompt = tuple(replace(message, content=message.content[-limit:]) for message in fewer)
+    else:
+        if len(prompt) > tokens:
+            system = prompt[:1] if prompt[0].role == "system" else ()
+            recent = prompt[-tokens:]
+            first = next((i for i, message in enumerate(recent) if message.role == "user"), len(recent) - 1)
+            prompt = (*system, *recent[first:])
+        if any(len(message.content) > limit for message in prompt):
+            prompt = tuple(replace(message, content=message.content[-limit:]) for message in prompt)
     return replace(
         pair,
         prompt=prompt,
