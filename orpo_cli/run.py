@@ -104,7 +104,7 @@ class RunDirectory:
         for parent, child in pairwise([*reversed(whole.parents), whole]):
             if child.name in DIRECTORIES and (parent / "manifest.json").is_file():
                 raise InputError(f"{self.path} lies inside the run {parent}", "name another directory")
-        for name in (LOCK, *FILES, *DIRECTORIES):
+        for name in (*FILES, *DIRECTORIES):
             if (self.path / name).is_symlink():
                 raise InputError(
                     f"{self.path / name} is a link, and a run writes nothing outside of its directory",

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from orpo_cli.data.sources import open_source
 from orpo_cli.data.templates import resolve_template
 from orpo_cli.errors import DataError, InputError, ModelError, RecipeError
+from orpo_cli.files import to_json
 from orpo_cli.model.load import load_config, load_model, load_tokenizer
 from orpo_cli.model.lora import load_adapter
 from orpo_cli.recipe import ModelSection, SourceSpec, load_recipe
@@ -389,7 +390,7 @@ def test_a_forged_checkpoint_is_an_error(run: Path, mark: Path, name: str) -> No
     (checkpoint / name).write_bytes(bomb)
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     manifest["files"][name] = {"bytes": len(bomb), "sha256": hashlib.sha256(bomb).hexdigest()}
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    (checkpoint / MANIFEST).write_text(to_json(manifest))
     with pytest.raises(InputError, match="not written by orpo"):
         load_checkpoint(checkpoint)
 
