@@ -11,7 +11,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults lint check bench
+.PHONY: help demo test faults fuzz lint check bench
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: $(INSTALLED)  ## All tests, the fault suite in its short form
 
 faults: $(INSTALLED)  ## Runs killed, stopped, damaged and out of disk at every turn, then resumed: some twenty minutes
 	$(BIN)/python -m pytest tests/faults -m faults -sv
+
+fuzz: $(INSTALLED)  ## Recipes and rows of all kinds, 10,000 inputs of each, some half an hour
+	ORPO_FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_fuzz.py
 
 lint: $(INSTALLED)  ## Format, lint and types
 	$(BIN)/ruff format --check

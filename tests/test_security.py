@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -505,3 +506,16 @@ def test_messages_do_not_command_the_terminal(orpo: Any, tiny_recipe: Callable[.
     assert code == 2
     assert not set(err) & {"\x1b", "\x07", "\u202e"}
     assert "\\x1b" in err
+
+
+# The supply
+
+
+def test_every_pin_with_hashes_is_the_version_that_is_tested() -> None:
+    root = Path(__file__).parents[1]
+    pinned = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", (root / "requirements.txt").read_text(), re.MULTILINE))
+    tested = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", (root / "constraints.txt").read_text(), re.MULTILINE))
+    tested = {name.lower().replace("_", "-"): version for name, version in tested.items()}
+    assert {"torch", "transformers", "peft", "safetensors", "setuptools"} <= set(pinned)
+    assert {name: tested[name] for name in pinned if name in tested} == {n: pinned[n] for n in pinned if n in tested}
+    assert len(re.findall(r"--hash=sha256:[0-9a-f]{64}", (root / "requirements.txt").read_text())) > len(pinned)
