@@ -27,7 +27,7 @@ demo: $(INSTALLED)  ## Tiny base, pairs, ORPO, answers before and after (DIR=dem
 test: $(INSTALLED)  ## All tests, the fault suite in its short form
 	$(BIN)/python -m pytest
 
-faults: $(INSTALLED)  ## Runs killed, stopped, damaged and out of disk at every turn, then resumed: some twenty minutes
+faults: $(INSTALLED)  ## Runs killed, stopped, damaged and out of disk at every turn, then resumed: 1,500 runs
 	$(BIN)/python -m pytest tests/faults -m faults -sv
 
 fuzz: $(INSTALLED)  ## Recipes and rows of all kinds, 10,000 inputs of each, some half an hour

@@ -42,22 +42,25 @@ tally: Counter[str] = Counter()
 
 KINDS: dict[str, dict[str, Any]] = {
     "file-lora": {
+        "model": {"chat_template": "chatml"},  # adds tokens, whose rows are trained too
         "lora": {"dropout": 0.1},
         "train": {"sample_prompts": ["Which is larger?"]},
     },
     "file-full": {
         "lora": None,
-        "train": {"optimizer": "adamw_8bit", "learning_rate": 1e-3},
         "data": {"eval": {"holdout": 7}},  # an epoch's edge lies within a step
+        "train": {"optimizer": "adamw_8bit", "learning_rate": 1e-3},
     },
     "stream-lora": {
+        "model": {"dtype": "float16"},  # with loss scaling
         "data": {"streaming": True, "eval": {"holdout": 7}},
         "loss": {"nll_tokens": "all", "nll_reduction": "token"},
     },
     "stream-full": {
+        "model": {"dtype": "bfloat16"},  # with float32 masters
         "lora": None,
         "data": {"streaming": True},
-        "train": {"learning_rate": 1e-3, "logging_steps": 1},
+        "train": {"learning_rate": 1e-3},
     },
 }
 
@@ -113,14 +116,15 @@ class Runs:
         return self._references[kind]
 
     def last_steps(self, kind: str) -> Path:
-        """A run killed once it had saved step 18: three or four steps, two saves and all that follows are left."""
+        """A run killed once it had saved step 20: a step or two, the last save and all that follows are left."""
         run = self.directory / f"{kind}-killed"
-        if not run.exists():
-            started = self.start(self.recipe(kind, run))
-            while not (run / "checkpoints/step-000018").exists():
-                assert started.process.is_alive(), started.output()
+        checkpoints = run / "checkpoints"
+        recipe = self.recipe(kind, run)
+        while not run.exists() or newest_sound(checkpoints)[0] != checkpoints / "step-000020":
+            started = self.start(recipe, "--overwrite")
+            while started.process.is_alive() and not (checkpoints / "step-000020").exists():
                 time.sleep(0.001)
-            assert started.kill()
+            started.kill()
         return run
 
     def start(self, recipe: Path, *options: str, fault: Fault | None = None) -> Started:
@@ -143,11 +147,14 @@ class Reference:
     run: Path
     seconds: float
 
-    def equals(self, run: Path) -> None:
-        """Nothing tells the other run from this one but times; every step is there once; nothing is left over."""
+    def equals(self, run: Path, *, checkpoints: bool = True) -> None:
+        """Nothing tells the other run from this one but times; every step is there once; nothing is left over.
+
+        Without `checkpoints`, of those only the newest is looked at.
+        """
         steps = [row["step"] for row in rows(run) if "loss" in row]
         assert steps == list(range(1, len(steps) + 1))
-        same_files(self.run, run)
+        same_files(self.run, run, checkpoints=checkpoints)
 
 
 @dataclass(frozen=True)
