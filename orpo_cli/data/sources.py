@@ -586,7 +586,7 @@ def _parquet_part(source: int, path: Path, fingerprint: str, streamed: bool) -> 
         try:
             with pq.ParquetFile(content) as file:
                 yield file
-        except (pa.ArrowException, OSError) as error:
+        except Exception as error:  # what a damaged file leads to is of any kind
             raise DataError(
                 f"{path} is damaged, or no Parquet file: {_first_line(error)}", "copy or download it again"
             ) from error

@@ -440,6 +440,7 @@ def test_damaged_parquet_is_never_taken_for_a_shorter_one(tmp_path, streaming):
     whole = (tmp_path / "a.parquet").read_bytes()
     for end in range(0, len(whole), len(whole) // 20):
         assert "damaged" in error_of(put(tmp_path / "b.parquet", whole[:end]), streaming=streaming).message
+    assert "damaged" in error_of(put(tmp_path / "b.parquet", whole.replace(b"prompt", b"\xe3rompt"))).message
     middle = len(whole) // 2
     spoilt = whole[: middle - 500] + bytes(1000) + whole[middle + 500 :]
     assert "damaged" in error_of(put(tmp_path / "b.parquet", spoilt), streaming=streaming).message
