@@ -59,7 +59,7 @@ def kept_pairs(pairs: PairSet) -> Iterator[TokenizedPair]:
         yield from pairs.in_source_order()
         return
     for index, _, result in pairs.reader.read():
-        if isinstance(result, TokenizedPair) and index not in pairs.excluded:
+        if isinstance(result, TokenizedPair) and pairs.includes(index):
             yield result
 
 
@@ -71,7 +71,7 @@ def pair_at(pairs: PairSet, index: int) -> TokenizedPair:
     where = pairs.reader.where(index)
     if isinstance(result, Drop):
         raise DataError(f"row {index} is no pair of this set: {where} is dropped as {result}", None)
-    if result is None or index in pairs.excluded or (pairs.held is not None and index not in pairs.held):
+    if result is None or not pairs.includes(index):
         raise DataError(f"row {index} is no pair of this set", "it is a duplicate, or in the other set (--held-out)")
     return result
 
@@ -161,25 +161,21 @@ def _count(data: Data, pairs: PairSet, sets: Mapping[str, PairSet], counted: Map
             assert isinstance(whole, Drop)
             counted[first].drop(index, whole)
             continue
-        name = next((name for name, of in sets.items() if _is_in(of, index)), first)
-        if index in pairs.excluded and not _is_in(sets[name], index):
-            counted[name].drop(index, Drop("duplicate", "the same pair occurred before"))
-            continue
+        name = next((name for name, of in sets.items() if of.includes(index)), first)
         if isinstance(whole, Drop):
             [found] = data.tokenise.batch([(index, pair)])  # by the recipe, it may be too long in the first place
             counted[name].drop(index, found if isinstance(found, Drop) else whole)
             continue
         outcomes = {policy: tokenise.fit(pair, whole) for policy, tokenise in policies.items()}
-        counted[name].measure(whole, outcomes)
         used = outcomes[data.tokenise.overlong]
+        if isinstance(used, TokenizedPair) and not sets[name].includes(index):
+            counted[name].drop(index, Drop("duplicate", "the same pair occurred before"))
+            continue
+        counted[name].measure(whole, outcomes)
         if isinstance(used, Drop):
             counted[name].drop(index, used)
         else:
             counted[name].keep(index, pair, whole, used)
-
-
-def _is_in(pairs: PairSet, index: int) -> bool:
-    return pairs.held is not None and index in pairs.held
 
 
 # Warnings: what was found, and what to do about it

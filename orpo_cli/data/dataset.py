@@ -2,7 +2,8 @@
 
 Held in memory, every pair is tokenised once, in that pass. Streamed, the pass only counts, and a block of rows at a
 time is read and tokenised again when its turn comes. `data.deduplicate`, `max_pairs` and `holdout` are settled by the
-pass in source order, so that they come out the same in either mode, for every seed and after every resume.
+pass in source order, so that they come out the same in either mode, for every seed and after every resume. What the
+pass over a stream has found is one bit a row and a few numbers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from orpo_cli.data.bitmap import Bitmap
 from orpo_cli.data.formats import (
     Drop,
     Format,
@@ -27,10 +29,11 @@ from orpo_cli.data.formats import (
     show_row,
     with_system,
 )
-from orpo_cli.data.order import BLOCK_ROWS, Position, block_order
-from orpo_cli.data.sources import BadRow, Rows, open_source
+from orpo_cli.data.keys import PromptKeys, SeenKeys
+from orpo_cli.data.order import BLOCK_ROWS, Position, block_order, permutation, quotas, turns
+from orpo_cli.data.sources import BadRow, Row, Rows, open_source
 from orpo_cli.data.tokenize import PairTokenizer, TokenizedPair
-from orpo_cli.errors import DataError
+from orpo_cli.errors import DataError, RunError
 from orpo_cli.recipe.schema import DataSection, Holdout, SourceSpec, TrainSection
 
 # Rows that decide which format a source has.
@@ -52,8 +55,8 @@ class Source:
     columns: dict[str, str]
     start: int = 0
     """Position of its first row among the rows of all sources."""
-    stop_row: int | None = None
-    """Rows of it that are read; None: all."""
+    length: int | None = None
+    """Rows of it that are read; None: all, as long as nothing has counted them."""
 
 
 def open_sources(
@@ -96,15 +99,21 @@ class PairReader:
         """Whether any source is read anew for every block."""
         return any(source.rows.streamed for source in self.sources)
 
-    def read(self, start: int = 0) -> Iterator[tuple[int, Pair | None, TokenizedPair | Drop]]:
+    def read(
+        self, start: int = 0, only: Bitmap | None = None
+    ) -> Iterator[tuple[int, Pair | None, TokenizedPair | Drop]]:
         """From row `start` on: each row's position, its pair as text, and its tokens or why it is dropped.
 
+        `only`: rows to read of sources that have been counted; the others are passed over without being parsed.
         Raises DataError at the first malformed row under `data.strict`.
         """
         for source in self.sources:
-            first = max(0, start - source.start)
-            count = None if source.stop_row is None else max(0, source.stop_row - first)
-            rows = enumerate(islice(source.rows.rows(first), count), source.start + first)
+            first = max(source.start, start)
+            count = None if source.length is None else max(0, source.start + source.length - first)
+            if only is not None:
+                assert count is not None
+                count = only.count(first, first + count)
+            rows = islice(_numbered(source, first, only), count)
             while chunk := list(islice(rows, _CHUNK_ROWS)):
                 yield from self._tokenised([(index, self._pair(source, row)) for index, row in chunk])
 
@@ -136,6 +145,14 @@ class PairReader:
         return with_system(pair, self.section.system) if self.section.system else pair
 
 
+def _numbered(source: Source, first: int, only: Bitmap | None) -> Iterator[tuple[int, Row]]:
+    """A source's rows from position `first` on, each with its position; of `only`, those that are in it."""
+    if only is None:
+        return enumerate(source.rows.rows(first - source.start), first)
+    rows = source.rows.numbered(first - source.start, lambda row: source.start + row in only)
+    return ((source.start + row, content) for row, content in rows)
+
+
 @dataclass
 class PairSet:
     """The pairs of one split. `rows` and `pairs` are None for a stream that was not counted."""
@@ -145,8 +162,10 @@ class PairSet:
     pairs: int | None = None
     held: dict[int, TokenizedPair] | None = None
     """All pairs by position; None when they are streamed."""
-    excluded: set[int] = field(default_factory=set)
-    """Positions of usable pairs that are not in this set: held out, or duplicates."""
+    usable: Bitmap | None = None
+    """Positions of the pairs in this set; None for a stream that was not counted, where every pair is."""
+    quotas: list[int] | None = None
+    """Pairs of each source in an epoch, where there are several to train on."""
     truncated: int = 0
     """How many of the pairs were truncated to fit."""
     dropped: Counter[str] = field(default_factory=Counter)
@@ -166,9 +185,13 @@ class PairSet:
         if self.held is not None:
             return next(iter(self.in_source_order()))
         for index, _, result in self.reader.read():
-            if isinstance(result, TokenizedPair) and index not in self.excluded:
+            if isinstance(result, TokenizedPair) and self.includes(index):
                 return result
         raise _no_usable_pair(self)
+
+    def includes(self, index: int) -> bool:
+        """Whether the pair at a position is in this set, and not a duplicate or held out."""
+        return self.usable is None or index in self.usable
 
     def total_pairs(self, train: TrainSection) -> int | None:
         """Pairs that the whole run trains on, repeats counted; None where `max_steps` decides."""
@@ -202,6 +225,9 @@ class PairSet:
 
     def in_order(self, *, seed: int, shuffle: bool, start: Position) -> Iterator[tuple[TokenizedPair, Position]]:
         """Pairs from a position on, epoch after epoch without end, each with the position after it."""
+        if self.quotas is not None:
+            yield from self._mixed(seed=seed, shuffle=shuffle, start=start)
+            return
         epoch, offset = start.epoch, start.offset
         while True:
             found = False
@@ -228,13 +254,74 @@ class PairSet:
         number = offset // BLOCK_ROWS
         rows = self.reader.read(number * BLOCK_ROWS)
         while block := [
-            (index, result if index not in self.excluded else None) for index, _, result in islice(rows, BLOCK_ROWS)
+            (index, result if self.includes(index) else None) for index, _, result in islice(rows, BLOCK_ROWS)
         ]:
             if self.rows is None:
                 self._count(number, block)
             pairs = [result if isinstance(result, TokenizedPair) else None for _, result in block]
             yield number, number * BLOCK_ROWS, pairs
             number += 1
+
+    # Several sources
+
+    @property
+    def sizes(self) -> list[int] | None:
+        """Pairs of each source in this set; None for a stream that was not counted."""
+        if self.usable is None:
+            return None
+        return [self.usable.count(s.start, s.start + (s.length or 0)) for s in self.reader.sources]
+
+    def _mixed(self, *, seed: int, shuffle: bool, start: Position) -> Iterator[tuple[TokenizedPair, Position]]:
+        """As `in_order`, of several sources: every block takes from each what is its turn (`order.turns`).
+
+        What is held in memory is one block, and each pass over a source then has an order of its own.
+        """
+        numbers = self.quotas
+        assert numbers is not None
+        blocks = -(-sum(numbers) // BLOCK_ROWS) if self.held is None else 1
+        streams: list[Iterator[TokenizedPair]] | None = None
+        epoch, offset = start.epoch, start.offset
+        while True:
+            first = 0
+            for block in range(blocks):
+                parts = [turns(number, epoch=epoch, block=block, blocks=blocks) for number in numbers]
+                length = sum(map(len, parts))
+                if first + length > offset:
+                    streams = streams or [
+                        self._passes(source, part.start, seed=seed, shuffle=shuffle)
+                        for source, part in enumerate(parts)
+                    ]
+                    pairs = [p for stream, part in zip(streams, parts, strict=True) for p in islice(stream, len(part))]
+                    order = block_order(length, seed=seed, epoch=epoch, block=block, shuffle=shuffle)
+                    for place in range(max(0, offset - first), length):
+                        yield pairs[order[place]], Position(epoch, first + place + 1)
+                first += length
+            epoch, offset = epoch + 1, 0
+
+    def _passes(self, number: int, start: int, *, seed: int, shuffle: bool) -> Iterator[TokenizedPair]:
+        """A source's pairs, pass after pass without end, from the one at `start` of that sequence on."""
+        sizes, source = self.sizes, self.reader.sources[number]
+        assert sizes is not None
+        assert self.usable is not None
+        size = sizes[number]
+        passes, offset = divmod(start, size) if size else (0, 0)
+        if self.held is not None:
+            positions = list(self.usable.within(source.start, source.start + (source.length or 0)))
+            while size:
+                order = permutation(size, seed, number, passes, 0) if shuffle else range(size)
+                for place in order[offset:]:
+                    yield self.held[positions[place]]
+                passes, offset = passes + 1, 0
+        reader = PairReader([source], self.reader.section, self.reader.tokenise)
+        while size:
+            found = 0
+            for _, _, result in reader.read(self.usable.nth(offset, source.start), self.usable):
+                if isinstance(result, TokenizedPair):
+                    found += 1
+                    yield result
+            if found != size - offset:
+                raise RunError(f"{source.spec.path} has changed while it was read", "start anew with data that stays")
+            offset = 0
 
     def _count(self, number: int, block: list[tuple[int, TokenizedPair | Drop | None]]) -> None:
         """Count what is dropped from, or truncated in, a stream that no pass has counted; each block once.
@@ -271,6 +358,9 @@ class PairSet:
 
     def summary(self) -> dict[str, Any]:
         """What the manifest says of the set."""
+        weighted = any(source.spec.weight for source in self.reader.sources)
+        numbers = self.quotas if weighted and self.quotas else [None for _ in self.reader.sources]
+        sizes: Sequence[int | None] = self.sizes or [None]  # a single source, if it was not counted
         return {
             "sources": [
                 {
@@ -278,8 +368,11 @@ class PairSet:
                     "fingerprint": source.rows.fingerprint,
                     "format": source.format.name,
                     "streamed": source.rows.streamed,
+                    "rows": source.length,
+                    "pairs": size,
+                    **({"pairs_per_epoch": number} if number is not None else {}),
                 }
-                for source in self.reader.sources
+                for source, size, number in zip(self.reader.sources, sizes, numbers, strict=True)
             ],
             "rows": self.rows if self.rows is not None else self.rows_read,
             "pairs": self.pairs,
@@ -301,6 +394,8 @@ def load_pairs(section: DataSection, tokenise: PairTokenizer, train: TrainSectio
         training.first()
     else:
         training, held_out = survey(reader, section, holdout)
+        if len(reader.sources) > 1:
+            training.quotas = _quotas(training)
     if section.eval is not None and not isinstance(section.eval, Holdout):
         held_out = load_eval_pairs(section, section.eval, tokenise)
     return training, held_out
@@ -324,6 +419,23 @@ def load_held_out(section: DataSection, tokenise: PairTokenizer, train: TrainSec
     return held_out
 
 
+@dataclass
+class Survey:
+    """What one pass over the rows has found."""
+
+    rows: int = 0
+    lengths: list[int] = field(default_factory=list)
+    """Rows of each source."""
+    usable: Bitmap = field(default_factory=Bitmap)
+    """Positions of the pairs, duplicates left out, the held-out ones included."""
+    held_out: Bitmap = field(default_factory=Bitmap)
+    prompts: int = 0
+    """Different prompts, if some are to be held out."""
+    truncated: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+
 def survey(
     reader: PairReader, section: DataSection, holdout: Holdout | None, *, keep: bool | None = None
 ) -> tuple[PairSet, PairSet | None]:
@@ -331,43 +443,56 @@ def survey(
 
     `keep`: hold the pairs in memory; None: unless a source is streamed. Raises DataError as `load_pairs` does.
     """
-    pairs = PairSet(reader, held={} if keep or (keep is None and not reader.streamed) else None)
-    seen: set[bytes] = set()
-    prompts: dict[bytes, list[int]] = {}
-    rows = usable = 0
+    held: dict[int, TokenizedPair] | None = {} if keep or (keep is None and not reader.streamed) else None
+    found = count_rows(reader, section, holdout, held)
+    pairs = PairSet(
+        reader,
+        rows=found.rows,
+        pairs=len(found.usable),
+        held=held,
+        usable=found.usable,
+        truncated=found.truncated,
+        dropped=found.dropped,
+        examples=found.examples,
+    )
+    _check_dropped(pairs)
+    return (pairs, None) if holdout is None else _hold_out(pairs, found, holdout)
+
+
+def count_rows(
+    reader: PairReader, section: DataSection, holdout: Holdout | None, held: dict[int, TokenizedPair] | None
+) -> Survey:
+    """The pass itself. Places the sources one behind the other, and puts the pairs into `held` if that is given."""
+    found, seen, prompts = Survey(), SeenKeys(), PromptKeys()
     for source in reader.sources:
-        source.start, of_source = rows, 0
-        for index, pair, result in PairReader([source], section, reader.tokenise).read(rows):
-            rows = index + 1
-            if isinstance(result, TokenizedPair) and section.deduplicate and _is_repeated(result, seen):
-                pairs.excluded.add(index)
+        source.start, source.length, of_source = found.rows, None, 0
+        for index, pair, result in PairReader([source], section, reader.tokenise).read(found.rows):
+            found.rows = index + 1
+            if isinstance(result, TokenizedPair) and section.deduplicate and not seen.add(_digest(result)):
                 result = Drop("duplicate", "the same pair occurred before")
             if isinstance(result, Drop):
-                pairs.dropped[result.reason] += 1
-                pairs.examples.setdefault(result.reason, f"{reader.where(index)}: {result.detail}")
+                found.dropped[result.reason] += 1
+                found.examples.setdefault(result.reason, f"{reader.where(index)}: {result.detail}")
                 continue
-            usable, of_source = usable + 1, of_source + 1
-            pairs.truncated += result.truncated
-            if pairs.held is not None:
-                pairs.held[index] = result
+            of_source += 1
+            found.usable.add(index)
+            found.truncated += result.truncated
+            if held is not None:
+                held[index] = result
             if holdout is not None and pair is not None:
-                prompts.setdefault(prompt_key(pair), []).append(index)
+                prompts.add(prompt_key(pair), index)
             if of_source == source.spec.max_pairs:
-                source.stop_row = rows - source.start
                 break
-    pairs.rows, pairs.pairs = rows, usable
-    _check_dropped(pairs)
-    if holdout is None:
-        return pairs, None
-    return _hold_out(pairs, prompts, holdout)
+        source.length = found.rows - source.start
+        found.lengths.append(source.length)
+    if holdout is not None:
+        found.prompts = len(prompts)
+        found.held_out = prompts.first(_wanted_pairs(holdout, len(found.usable)))
+    return found
 
 
-def _is_repeated(pair: TokenizedPair, seen: set[bytes]) -> bool:
-    digest = hashlib.sha256(pair.chosen_ids.tobytes() + b"|" + pair.rejected_ids.tobytes()).digest()[:16]
-    if digest in seen:
-        return True
-    seen.add(digest)
-    return False
+def _digest(pair: TokenizedPair) -> bytes:
+    return hashlib.sha256(pair.chosen_ids.tobytes() + b"|" + pair.rejected_ids.tobytes()).digest()[:16]
 
 
 def prompt_key(pair: Pair) -> bytes:
@@ -376,33 +501,50 @@ def prompt_key(pair: Pair) -> bytes:
     return hashlib.sha256(json.dumps([pair.system, prompt]).encode()).digest()
 
 
-def _hold_out(pairs: PairSet, prompts: dict[bytes, list[int]], holdout: Holdout) -> tuple[PairSet, PairSet]:
+def _quotas(pairs: PairSet) -> list[int]:
+    """Pairs of each source in an epoch. Raises DataError where a source cannot have its weight."""
+    specs, sizes = [source.spec for source in pairs.reader.sources], pairs.sizes
+    assert sizes is not None
+    weights = [spec.weight for spec in specs if spec.weight is not None]
+    numbers = quotas(sizes, weights or None)
+    for spec, size, number in zip(specs, sizes, numbers, strict=True):
+        if weights and not (size and number):
+            raise DataError(
+                f"{spec.path} has the weight {spec.weight:g} and "
+                + ("no usable pair" if not size else f"would come in none of {sum(sizes):,} pairs of an epoch"),
+                "remove the source" if not size else "raise its weight, or remove the source",
+            )
+    return numbers
+
+
+def _wanted_pairs(holdout: Holdout, pairs: int) -> int:
+    wanted = holdout.holdout
+    return wanted if isinstance(wanted, int) else max(1, round(wanted * pairs))
+
+
+def _hold_out(pairs: PairSet, found: Survey, holdout: Holdout) -> tuple[PairSet, PairSet]:
     """Move whole prompts, in the order of their hashes, until the held-out set has its number of pairs.
 
     The hashes know no seed, so that every run on the same data is judged on the same pairs.
     """
     assert pairs.pairs is not None
-    wanted = holdout.holdout
-    count = wanted if isinstance(wanted, int) else max(1, round(wanted * pairs.pairs))
-    taken: set[int] = set()
-    for key in sorted(prompts):
-        if len(taken) + len(prompts[key]) <= count:
-            taken |= set(prompts[key])
-    if not taken or len(taken) >= pairs.pairs:
+    assert pairs.usable is not None
+    taken = found.held_out
+    if len(taken) in (0, pairs.pairs):
         raise DataError(
-            f"data.eval.holdout: {wanted} leaves nothing to {'evaluate' if not taken else 'train'} on: there are "
-            f"{pairs.pairs} pairs of {len(prompts)} prompts",
+            f"data.eval.holdout: {holdout.holdout} leaves nothing to {'train' if taken else 'evaluate'} on: there are "
+            f"{pairs.pairs} pairs of {found.prompts} prompts",
             "hold out less, or give data.eval a source of its own",
         )
     if pairs.held is not None:
-        held = {index: pairs.held.pop(index) for index in sorted(taken)}
+        held = {index: pairs.held.pop(index) for index in taken}
     else:
-        results = ((index, result) for index, _, result in pairs.reader.read() if index in taken)
+        results = ((index, result) for index, _, result in pairs.reader.read(only=taken))
         held = {index: result for index, result in results if isinstance(result, TokenizedPair)}
-        pairs.excluded |= taken
+    pairs.usable.remove(taken)
     truncated = sum(pair.truncated for pair in held.values())
     pairs.pairs, pairs.truncated = pairs.pairs - len(held), pairs.truncated - truncated
-    return pairs, PairSet(pairs.reader, rows=pairs.rows, pairs=len(held), held=held, truncated=truncated)
+    return pairs, PairSet(pairs.reader, rows=pairs.rows, pairs=len(held), held=held, usable=taken, truncated=truncated)
 
 
 def _check_dropped(pairs: PairSet) -> None:

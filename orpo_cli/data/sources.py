@@ -53,16 +53,30 @@ class BadRow:
 
 
 Row = Mapping[str, Any] | BadRow
+Wanted = Callable[[int], bool]
+
+
+def _every(offset: int) -> bool:
+    return True
+
+
+def _none(offset: int) -> bool:
+    return False
+
+
+# Opens a file or dataset afresh and gives its rows from an offset on. In place of those whose offset is not wanted it
+# may give None, where that spares it the work of parsing them.
+Reader = Callable[[int, Wanted], Iterator[Row | None]]
 
 
 @dataclass
 class Part:
-    """One file, or one split of a dataset: `read` opens it afresh and gives its rows from an offset on."""
+    """One file, or one split of a dataset."""
 
     source: int  # index of its spec
     name: str
     fingerprint: str
-    read: Callable[[int], Iterator[Row]]
+    read: Reader
     count: int | None = None  # None: not known before it was read to its end
     seen: int = 0
     blank_lines: list[int] | None = None  # of JSON lines: the row before which each blank line stands
@@ -70,11 +84,17 @@ class Part:
     def holds(self, offset: int) -> bool:
         """Whether there is a row at the offset; reads up to it where that is not known yet."""
         if self.count is None and offset >= self.seen:
-            if next(self.read(offset), None) is not None:
+            if any(True for _ in self.read(offset, _none)):
                 self.seen = offset + 1
             else:
-                self.count = sum(1 for _ in self.read(0))
+                self.rows()
         return offset < (self.seen if self.count is None else self.count)
+
+    def rows(self) -> int:
+        """How many rows there are; reads a stream to its end where that is not known yet."""
+        if self.count is None:
+            self.count = sum(1 for _ in self.read(0, _none))
+        return self.count
 
 
 class Rows:
@@ -92,12 +112,20 @@ class Rows:
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         """Give the rows from the position `start` on. Every call reads afresh."""
+        return (row for _, row in self.numbered(start))
+
+    def numbered(self, start: int = 0, wanted: Wanted = _every) -> Iterator[tuple[int, Row]]:
+        """Give the rows from the position `start` on whose position is wanted, each with it; parse no others."""
         first, offset = self._locate(start)
+        base = start - offset
         for part in self._parts[first:]:
-            for row in part.read(offset):
+            for row in part.read(offset, lambda offset, base=base: wanted(base + offset)):  # type: ignore[misc]
+                position = base + offset
                 offset += 1
                 part.seen = max(part.seen, offset)
-                yield row
+                if row is not None and wanted(position):
+                    yield position, row
+            base += offset
             if part.count is None and offset <= part.seen:
                 part.count = part.seen
             offset = 0
@@ -106,17 +134,15 @@ class Rows:
         """Return the first readable rows of each source, at most `limit` of them."""
         heads: list[list[Mapping[str, Any]]] = [[] for _ in self.specs]
         for index, head in enumerate(heads):
-            rows = itertools.chain.from_iterable(part.read(0) for part in self._parts if part.source == index)
-            head += itertools.islice((row for row in rows if not isinstance(row, BadRow)), limit)
+            rows = itertools.chain.from_iterable(part.read(0, _every) for part in self._parts if part.source == index)
+            head += itertools.islice((row for row in rows if isinstance(row, Mapping)), limit)
         return heads
 
     def bounds(self) -> list[tuple[int, int]]:
         """Return each source's first position and the one after its last; reads a stream to its end."""
         sizes = [0] * len(self.specs)
         for part in self._parts:
-            if part.count is None:
-                part.count = sum(1 for _ in part.read(0))
-            sizes[part.source] += part.count
+            sizes[part.source] += part.rows()
         ends = list(itertools.accumulate(sizes))
         return list(zip([0, *ends], ends, strict=False))
 
@@ -133,6 +159,17 @@ class Rows:
         index, row = self._locate(position)
         part = self._parts[index]
         return f"{part.name}, {_row_in_file(row, part.blank_lines)}"
+
+    @property
+    def counts(self) -> list[int | None]:
+        """Rows of each file or split, None for a stream that was not read to its end."""
+        return [part.count for part in self._parts]
+
+    @counts.setter
+    def counts(self, counts: Sequence[int | None]) -> None:
+        """Take over what another reading of the same data has counted."""
+        for part, count in zip(self._parts, counts, strict=True):
+            part.count = count if part.count is None else part.count
 
     def _locate(self, position: int) -> tuple[int, int]:
         """Return the index of the part that holds the position, the last one if none does, and the offset in it."""
@@ -278,18 +315,18 @@ def _file_part(source: int, path: Path, streamed: bool) -> Part:
         items, parse = _reader(path, blank_lines)
     lines = blank_lines if parse is _parse_line else None
 
-    def read(start: int) -> Iterator[Row]:
+    def read(start: int, wanted: Wanted) -> Iterator[Row | None]:
         row = 0
         with _damage_explained(path, lambda: _row_in_file(row, lines)):
             for item in items():
                 if row >= start:
-                    yield parse(item)
+                    yield parse(item) if wanted(row) else None
                 row += 1
 
     if streamed:
         return Part(source, str(path), fingerprint, read, blank_lines=lines)
-    held = list(read(0))
-    return Part(source, str(path), fingerprint, lambda start: iter(held[start:]), len(held), blank_lines=lines)
+    held = list(read(0, _every))
+    return Part(source, str(path), fingerprint, lambda start, _: iter(held[start:]), len(held), blank_lines=lines)
 
 
 def _row_in_file(row: int, blank_lines: list[int] | None) -> str:
@@ -619,9 +656,13 @@ def _parquet_part(source: int, path: Path, fingerprint: str, streamed: bool) -> 
                 yield batch.slice(start)
             start = max(0, start - len(batch))
 
-    def read(start: int) -> Iterator[Row]:
+    def read(start: int, wanted: Wanted) -> Iterator[Row | None]:
         for batch in batches(start) if streamed else held_batches(start):
-            yield from _rows_of_batch(batch)
+            if any(map(wanted, range(start, start + len(batch)))):
+                yield from _rows_of_batch(batch)
+            else:
+                yield from itertools.repeat(None, len(batch))
+            start += len(batch)
 
     return Part(source, str(path), fingerprint, read, count)
 
@@ -681,8 +722,8 @@ def _saved_part(source: int, spec: SourceSpec, usual: Sequence[str], files: Sequ
     return Part(source, name, fingerprint, _dataset_reader(found), len(found))
 
 
-def _dataset_reader(dataset: Any) -> Callable[[int], Iterator[Row]]:
-    return lambda start: iter(dataset.select(range(start, len(dataset))) if start < len(dataset) else ())
+def _dataset_reader(dataset: Any) -> Reader:
+    return lambda start, _: iter(dataset.select(range(start, len(dataset))) if start < len(dataset) else ())
 
 
 def _hub_part(source: int, spec: SourceSpec, usual: Sequence[str], streamed: bool) -> Part:
@@ -706,7 +747,7 @@ def _hub_part(source: int, spec: SourceSpec, usual: Sequence[str], streamed: boo
     if not streamed:
         return Part(source, name, fingerprint, _dataset_reader(dataset), len(dataset))
 
-    def read(start: int) -> Iterator[Row]:
+    def read(start: int, _: Wanted) -> Iterator[Row]:
         row = start
         try:
             for item in dataset.skip(start) if start else dataset:

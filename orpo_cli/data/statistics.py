@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 
 from orpo_cli.data.dataset import prompt_key
 from orpo_cli.data.formats import Drop, Pair, already_templated
+from orpo_cli.data.keys import temporary_database
 from orpo_cli.data.tokenize import TokenizedPair
 
 PERCENTILES = (50, 90, 95, 99)
@@ -172,9 +172,7 @@ class KeyFile:
 
     def __init__(self) -> None:
         self._rows: list[tuple[bool, int, int, int, int]] = []
-        self._file = sqlite3.connect("", isolation_level=None)
-        for setting in ("journal_mode = OFF", "synchronous = OFF", "temp_store = FILE", "cache_size = -4096"):
-            self._file.execute(f"PRAGMA {setting}")
+        self._file = temporary_database()
         self._file.execute("CREATE TABLE pairs (held_out, position, prompt, pair, swapped)")
 
     def add(self, held_out: bool, position: int, pair: Pair) -> None:

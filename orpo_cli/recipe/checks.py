@@ -53,8 +53,6 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "train.early_stopping_patience": ((None,), "set max_steps or num_train_epochs instead"),
     "output.trackers": (([],), "leave it []; metrics.jsonl holds every number"),
-    "data.train.*.weight": ((None,), "limit the larger source with max_pairs"),
-    "data.eval.*.weight": ((None,), "limit the larger source with max_pairs"),
 }
 
 
@@ -186,6 +184,7 @@ def _impossible_data(recipe: Recipe) -> Iterator[Fault]:
             "make it smaller than data.max_length, or remove it",
             ("data.max_length",),
         )
+    yield from _impossible_weights(recipe)
     if data.min_response_tokens >= data.max_length:
         yield Fault(
             "data.min_response_tokens",
@@ -209,6 +208,24 @@ def _impossible_data(recipe: Recipe) -> Iterator[Fault]:
                 "use response or all",
                 ("model.chat_template",),
             )
+
+
+def _impossible_weights(recipe: Recipe) -> Iterator[Fault]:
+    sources, held_out = recipe.data.train, recipe.data.eval
+    weighted = [i for i, source in enumerate(sources) if source.weight is not None]
+    for i in weighted:
+        if len(sources) == 1:
+            yield Fault(f"data.train.{i}.weight", "there is no other source to weigh it against", "remove it")
+        elif len(weighted) < len(sources):
+            without = next(i for i in range(len(sources)) if i not in weighted)
+            yield Fault(
+                f"data.train.{i}.weight",
+                f"data.train.{without} has no weight: {sources[without].path}",
+                "give every source a weight, or none",
+            )
+    for i, source in enumerate(held_out if isinstance(held_out, list) else []):
+        if source.weight is not None:
+            yield Fault(f"data.eval.{i}.weight", "every held-out pair counts once", "remove it; limit with max_pairs")
 
 
 def _impossible_train(recipe: Recipe) -> Iterator[Fault]:

@@ -249,7 +249,9 @@ class SourceSpec(Section):
     revision: Text | None = None
     """Branch, tag or commit of a hub data set; null: its default branch."""
     weight: Positive | None = None
-    """How often this source is drawn against the others; null: by its size."""
+    """How often this source is drawn against the others: its pairs come in as many times as an epoch's share for it
+    asks for, while an epoch keeps the number of pairs that all sources have. All sources have one, or none: then every
+    pair comes once."""
     columns: ColumnMap = {}
     """This source's columns, over those of `data.columns`."""
     filter: list[FilterSpec] = []

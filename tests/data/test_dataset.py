@@ -15,7 +15,7 @@ import pytest
 
 import orpo_cli.data.dataset as dataset
 from orpo_cli.data.dataset import PairSet, load_held_out, load_pairs
-from orpo_cli.data.order import Position, permutation
+from orpo_cli.data.order import Position, permutation, quotas
 from orpo_cli.data.tokenize import PairTokenizer
 from orpo_cli.errors import DataError
 from orpo_cli.model.build import load_text_side, pair_tokenizer
@@ -96,6 +96,32 @@ def naive_order(rows: int, usable: set[int], *, seed: int, epochs: int, block_ro
         for number, first in enumerate(range(0, rows, block_rows)):
             length = min(block_rows, rows - first)
             order += [first + int(i) for i in permutation(length, seed, epoch, number) if first + int(i) in usable]
+    return order
+
+
+def naive_mix(
+    sources: list[list[int]], numbers: list[int], *, seed: int, held: bool, epochs: int = 2, block_pairs: int = 8192
+) -> list[int]:
+    """Each block is filled from the sources' passes, source by source, and shuffled."""
+    passes = []
+    for number, positions in enumerate(sources):
+        turns = range(epochs * numbers[number] // len(positions) + 1)
+        orders = [
+            permutation(len(positions), seed, number, turn, 0) if held else range(len(positions)) for turn in turns
+        ]
+        passes.append(iter([positions[i] for order in orders for i in order]))
+    order = []
+    for epoch in range(epochs):
+        blocks = 1 if held else -(-sum(numbers) // block_pairs)
+        drawn = [0] * len(sources)
+        for block in range(blocks):
+            content = []
+            for number in range(len(sources)):
+                while drawn[number] < (block + 1) * numbers[number] // blocks:
+                    content.append(next(passes[number]))
+                    drawn[number] += 1
+            order += [content[i] for i in permutation(len(content), seed, epoch, block)]
+        assert drawn == numbers
     return order
 
 
@@ -205,7 +231,9 @@ def test_sources_follow_one_another_and_positions_count_over_all(tokenise, tmp_p
     usable = [i for i in range(20) if not mixed(i)[1]] + list(range(20, 30))
     assert (pairs.rows, pairs.pairs) == (30, len(usable))
     assert taken(pairs, len(usable), shuffle=False) == usable
-    assert taken(pairs, 2 * len(usable)) == naive_order(30, set(usable), seed=1, epochs=2, block_rows=30)
+    assert taken(pairs, 2 * len(usable)) == naive_mix(
+        [usable[:-10], usable[-10:]], [16, 10], seed=1, held=not streaming
+    )
     assert pairs.reader.where(23).endswith("b.jsonl, row 3 (line 4)")
 
 
@@ -218,8 +246,8 @@ def test_max_pairs_counts_usable_pairs_of_its_source(tokenise, tmp_path, streami
     # Row 3 of the first source is no pair, so that its fifth pair is row 5; the second source begins at position 6.
     assert taken(pairs, 8, shuffle=False) == [0, 1, 2, 4, 5, 6, 7, 8]
     assert (pairs.rows, pairs.pairs, pairs.dropped) == (9, 8, Counter(identical=1))
-    assert taken(pairs, 16) == naive_order(9, {0, 1, 2, 4, 5, 6, 7, 8}, seed=1, epochs=2, block_rows=9)
-    assert taken(pairs, 5, start=Position(0, 6), shuffle=False) == [6, 7, 8, 0, 1]
+    assert taken(pairs, 16) == naive_mix([[0, 1, 2, 4, 5], [6, 7, 8]], [5, 3], seed=1, held=not streaming)
+    assert taken(pairs, 5, start=Position(0, 5), shuffle=False) == [6, 7, 8, 0, 1]
 
 
 @STREAMED
@@ -250,6 +278,75 @@ def test_filters_of_the_recipe_and_of_a_source(tokenise, mixed_file, streaming):
 def test_a_filter_on_an_unknown_column_is_refused(tokenise, mixed_file):
     with pytest.raises(DataError, match="no column 'scor'"):
         load(tokenise, mixed_file, filter=[{"column": "scor", "ge": 10}])
+
+
+# Sources mixed by weight
+
+
+def two_sources(tmp_path, **weights) -> tuple[list[dict], list[list[int]]]:
+    """83 rows with faults and 30 without; their positions that are pairs."""
+    first = write(tmp_path / "a.jsonl", [mixed(i)[0] for i in range(83)])
+    second = write(tmp_path / "b.jsonl", map(good, range(100, 130)))
+    sources = [{"path": path, "weight": weights.get(name)} for name, path in (("a", first), ("b", second))]
+    return sources, [USABLE, list(range(83, 113))]
+
+
+@STREAMED
+@pytest.mark.parametrize("weights", [{}, {"a": 1, "b": 1}, {"a": 0.1, "b": 0.7}, {"a": 30.0, "b": 1}], ids=str)
+@pytest.mark.parametrize("block_pairs", [8192, 16])
+def test_sources_are_mixed_by_weight_in_an_order_that_can_be_computed(
+    tokenise, tmp_path, streaming, weights, block_pairs, monkeypatch
+):
+    monkeypatch.setattr(dataset, "BLOCK_ROWS", block_pairs)
+    sources, positions = two_sources(tmp_path, **weights)
+    pairs, _ = load(tokenise, sources, streaming=streaming)
+    total = sum(map(len, positions))
+    numbers = quotas([len(USABLE), 30], list(weights.values()) or None)
+    assert [source.get("pairs_per_epoch") for source in pairs.summary()["sources"]] == (
+        numbers if weights else [None, None]
+    )
+    assert [source["pairs"] for source in pairs.summary()["sources"]] == [len(USABLE), 30]
+    expected = naive_mix(positions, numbers, seed=7, held=not streaming, epochs=3, block_pairs=block_pairs)
+    assert taken(pairs, 3 * total, seed=7) == expected
+    for epoch in range(3):
+        of_epoch = expected[epoch * total : (epoch + 1) * total]
+        assert sum(i < 83 for i in of_epoch) == numbers[0]
+    # No pair comes a second time more often than another of its source.
+    for source in positions:
+        times = Counter(expected)
+        assert max(times[i] for i in source) - min(times[i] for i in source) <= 1
+
+    whole = list(itertools.islice(pairs.in_order(seed=7, shuffle=True, start=Position()), 3 * total))
+    assert [position for _, position in whole[:total]] == [Position(0, i + 1) for i in range(total)]
+    for done in (1, 17, total - 1, total, total + 33, 3 * total - 2):
+        assert taken(pairs, 3 * total - done, seed=7, start=whole[done - 1][1]) == expected[done:]
+
+
+@STREAMED
+def test_weighted_sources_with_duplicates_and_a_held_out_set(tokenise, tmp_path, streaming):
+    sources, positions = two_sources(tmp_path, a=1, b=3)
+    repeated = {**sources[1], "max_pairs": 20}  # none of them is left: they have all occurred
+    pairs, held_out = load(tokenise, [*sources, sources[0]], streaming=streaming, eval={"holdout": 12})
+    sizes = [source["pairs"] for source in pairs.summary()["sources"]]
+    judged = {pair.index for pair in held_out.in_source_order()}
+    again = [i + 113 for i in USABLE]
+    left = [[i for i in source if i not in judged] for source in [*positions, again]]
+    assert sizes == [len(source) for source in left]
+    assert [source["pairs"] for source in held_out.summary()["sources"]] == [
+        len(source) - size for source, size in zip([*positions, again], sizes, strict=True)
+    ]
+    total = sum(sizes)
+    numbers = [source["pairs_per_epoch"] for source in pairs.summary()["sources"]]
+    assert numbers == quotas(sizes, [1, 3, 1])
+    assert taken(pairs, 2 * total) == naive_mix(left, numbers, seed=1, held=not streaming)
+    with pytest.raises(DataError, match=r"b\.jsonl has the weight 3 and no usable pair"):
+        load(tokenise, [sources[0], sources[1], repeated], streaming=streaming, deduplicate=True)
+
+
+def test_a_weight_that_gives_no_pair_is_refused(tokenise, tmp_path):
+    sources, _ = two_sources(tmp_path, a=1000, b=1)
+    with pytest.raises(DataError, match=r"b\.jsonl has the weight 1 and would come in none of 97 pairs"):
+        load(tokenise, sources)
 
 
 # The held-out set

@@ -125,7 +125,7 @@ WRONG: list[tuple[str, int, str, list[str]]] = [
     # work to come
     ("train: {early_stopping_patience: 3}\n  ", 4, "train.early_stopping_patience", ["nothing to evaluate on"]),
     ("output: {trackers: [wandb]}", 4, "output.trackers", ["not yet", "metrics.jsonl"]),
-    ("  eval:\n  - {path: y, weight: 2}", 5, "data.eval.0.weight", ["not yet", "max_pairs"]),
+    ("  eval:\n  - {path: y, weight: 2}", 5, "data.eval.0.weight", ["counts once", "max_pairs"]),
 ]
 
 
@@ -405,3 +405,18 @@ def test_no_value_makes_it_crash(tmp_path: Path) -> None:
                 load_recipe(path, [f"{key}={value}"])
             except RecipeError as error:
                 assert f"--set {key}" in error.message, (key, value, error.message)  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    ("sources", "key", "said"),
+    [
+        ("[{path: x, weight: 2}]", "data.train.0.weight", ["no other source"]),
+        ("[{path: x}, {path: y, weight: 2}]", "data.train.1.weight", ["data.train.0 has no weight: x"]),
+        ("[{path: x, weight: 1}, {path: y, weight: 0}]", "data.train.1.weight", ["> 0"]),
+    ],
+)
+def test_weights_are_for_every_source_of_several(sources: str, key: str, said: list[str], tmp_path: Path) -> None:
+    error = error_of(tmp_path, f"model: {{name_or_path: m}}\ndata:\n  train: {sources}\n")
+    assert f"recipe.yaml:3: {key}: " in error
+    for words in said:
+        assert words in error
