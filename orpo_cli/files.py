@@ -51,7 +51,10 @@ def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def write_file(target: Path, text: str) -> None:
-    """Write a text file atomically. Raises OSError as `write_directory` does."""
+    """Write a text file atomically; into a device or a pipe, just so. Raises OSError as `write_directory` does."""
+    if target.exists() and not target.is_file():
+        target.write_text(text, encoding="utf-8")
+        return
     unfinished = _beside(target, UNFINISHED)
     with _undone_on_failure(target):
         unfinished.write_text(text, encoding="utf-8")

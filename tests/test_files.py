@@ -244,6 +244,19 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
 
 
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    link = tmp_path / "link"  # as /dev/stdout is one
+    link.symlink_to(pipe)
+    write_file(link, "text")
+    assert os.read(reader, 10) == b"text"
+    assert link.is_symlink()
+    assert pipe.is_fifo()
+    os.close(reader)
+
+
 def test_equal_values_are_equal_texts():
     text = to_json({"b": 1, "a": [0.1, None, "ü"]})
     assert text == to_json({"a": [0.1, None, "ü"], "b": 1})
