@@ -187,22 +187,48 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="METRIC=X", help="Exit with 1 if a figure is below X; may be given repeatedly."),
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Compare with another run, adapter or model, pair by pair.")
+    ] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="Figures for each value of a column too; may be given repeatedly."),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Answer N of the prompts, and show them side by side.")
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="A reward model that judges the answers (to all prompts without --samples)."
+        ),
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the answers as AlpacaEval reads them (all without --samples)."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="The longest answer.")] = 256,
 ) -> None:
-    """Held-out metrics of a run, an adapter or any model, as JSON."""
+    """Held-out metrics of a run, an adapter or any model: JSON on stdout, a table on stderr."""
     from orpo_cli.files import to_json
 
     thresholds = [_threshold(text) for text in fail_under or []]
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise InputError(f"--output {output}: no file can be written there", "name a file in a directory that exists")
-    from orpo_cli.evaluate import evaluate_target
+    for option, file in (("--output", output), ("--answers", answers)):
+        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+            raise InputError(f"{option} {file}: no file can be written there", "name a file in a directory that exists")
+    from orpo_cli.evaluate import Extras, evaluate_target
+    from orpo_cli.report import evaluation
 
-    figures = evaluate_target(target, data=data, recipe_file=recipe, output=output)
+    extras = Extras(base, tuple(by or ()), samples, judge, answers, max_new_tokens)
+    figures = evaluate_target(target, data=data, recipe_file=recipe, output=output, extras=extras)
     typer.echo(to_json(figures), nl=False)
+    evaluation.show(figures)
     for metric, least in thresholds:
-        if not isinstance(figures.get(metric), int | float):
+        value = _figure(figures, metric)
+        if not isinstance(value, int | float):
             raise InputError(f"--fail-under: there is no figure {metric}", f"there are {', '.join(sorted(figures))}")
-        if not figures[metric] >= least:
-            raise RunError(f"{metric} is {figures[metric]:.4g}, below {least:g}")
+        if not value >= least:
+            raise RunError(f"{metric} is {value:.4g}, below {least:g}")
 
 
 @app.command(rich_help_panel=USE)
@@ -366,6 +392,13 @@ def _threshold(text: str) -> tuple[str, float]:
         return metric, float(least if metric and equals else "")
     except ValueError:
         raise InputError(f"--fail-under {text}: not METRIC=X", "for instance --fail-under accuracy=0.8") from None
+
+
+def _figure(figures: object, name: str) -> object:
+    """The figure of a name, a dot reaching into nested ones; None where there is none."""
+    for key in name.split("."):
+        figures = figures.get(key) if isinstance(figures, dict) else None
+    return figures
 
 
 def _overrides(set_: list[str] | None, output_dir: str | None) -> list[str]:

@@ -6,7 +6,9 @@ Shapes: N pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,22 +17,48 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from orpo_cli.answers import (
+    Answer,
+    Judge,
+    Question,
+    alpaca_eval,
+    answer_all,
+    describe,
+    questions,
+    rewards,
+    side_by_side,
+    win_rates,
+)
 from orpo_cli.data.batches import flat_batch, nll_positions
 from orpo_cli.data.dataset import DROP_REASONS, PairSet, load_held_out
+from orpo_cli.data.formats import Pair, Row, column_values
+from orpo_cli.data.statistics import response_tokens, wilson
 from orpo_cli.data.tokenize import TokenizedPair
-from orpo_cli.errors import is_out_of_memory
+from orpo_cli.errors import DataError, is_out_of_memory
 from orpo_cli.files import to_json, to_json_lines, write_file
+from orpo_cli.generate import Sampling, Speaker
 from orpo_cli.loss import MAX_LOGP
 from orpo_cli.malloc import keep_freed_memory
-from orpo_cli.model.build import build_for_scoring, context_tokens, load_text_side, pair_tokenizer
+from orpo_cli.model.build import TextSide, build_for_scoring, context_tokens, load_text_side, pair_tokenizer
+from orpo_cli.model.load import classifier_section, load_classifier
 from orpo_cli.model.logprobs import PairLogprobs, inference
 from orpo_cli.model.memory import scoring_tokens
-from orpo_cli.recipe import LossSection, load_recipe
-from orpo_cli.run import find_subject
+from orpo_cli.recipe import LossSection, Recipe, load_recipe
+from orpo_cli.run import Subject, find_subject
+from orpo_cli.statistics import (
+    bootstrap,
+    groups,
+    interval,
+    length_controlled_accuracy,
+    resampled_means,
+    sign_flip_test,
+    sign_test,
+)
 
+# Values of a column that pairs are grouped by.
+MAX_SLICES = 100
 # Pairs whose micro-batches are cut together; bounds the work of packing, not the result.
 _WINDOW = 512
-_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -46,6 +74,10 @@ class Scores:
     def log_odds_ratio(self) -> np.ndarray:
         """log odds chosen - log odds rejected (eq. 4) of each pair."""
         return _log_odds(self.chosen_logps) - _log_odds(self.rejected_logps)
+
+    def at(self, places: Sequence[int]) -> Scores:
+        """Those of the pairs at these places."""
+        return Scores(*(column[places] for column in dataclasses.astuple(self)))
 
 
 def score_pairs(
@@ -145,26 +177,97 @@ def per_pair_metrics(scores: Scores, loss: LossSection) -> dict[str, np.ndarray]
 
 
 def summarise(scores: Scores, pairs: Sequence[TokenizedPair], loss: LossSection) -> dict[str, Any]:
-    """The figures of `eval.json`: means with bootstrap 95 % intervals, perplexities, length-controlled accuracy."""
+    """The figures of `eval.json`: means with bootstrap 95 % intervals, perplexities, accuracy by and without length."""
     columns = per_pair_metrics(scores, loss)
+    longer = np.array([int.__sub__(*response_tokens(p)) for p in pairs], dtype=np.float64)
+    controlled, *ends = length_controlled_accuracy(columns["accuracy"], longer)
+    return {
+        "pairs": len(pairs),
+        **mean_figures(columns),
+        "length_controlled_accuracy": controlled,
+        "length_controlled_accuracy_ci95": ends,
+        "accuracy_by_length": {
+            f"chosen_{which}": accuracy_figures(columns["accuracy"][where])
+            for which, where in (("shorter", longer < 0), ("equal", longer == 0), ("longer", longer > 0))
+        },
+    }
+
+
+def mean_figures(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Means of the columns of `per_pair_metrics` with their intervals, and the perplexities."""
     means, low, high = bootstrap(np.stack(list(columns.values())))
-    figures: dict[str, Any] = {"pairs": len(pairs)}
+    figures: dict[str, Any] = {}
     for i, name in enumerate(columns):
         figures[name] = float(means[i])
         figures[f"{name}_ci95"] = [float(low[i]), float(high[i])]
-        if name in ("chosen_logps", "rejected_logps"):  # exp is monotone, so an interval's ends map to ends
-            side = name.removesuffix("_logps")
-            figures[f"{side}_perplexity"] = float(np.exp(-means[i]))
-            figures[f"{side}_perplexity_ci95"] = [float(np.exp(-high[i])), float(np.exp(-low[i]))]
-    longer = np.array([_response_tokens(p)[0] - _response_tokens(p)[1] for p in pairs], dtype=np.float64)
-    figures["length_controlled_accuracy"] = length_controlled_accuracy(columns["accuracy"], longer)
+        if name in _PERPLEXITIES:  # exp is monotone, so an interval's ends map to ends
+            figures[_PERPLEXITIES[name]] = float(_perplexity(means[i]))
+            figures[f"{_PERPLEXITIES[name]}_ci95"] = [float(_perplexity(high[i])), float(_perplexity(low[i]))]
     return figures
+
+
+def accuracy_figures(correct: np.ndarray) -> dict[str, Any]:
+    """Number of some pairs and their accuracy with its 95 % interval: Wilson's, since they may be few or all alike."""
+    if not len(correct):
+        return {"pairs": 0, "accuracy": None, "accuracy_ci95": None}
+    return {
+        "pairs": len(correct),
+        "accuracy": float(correct.mean()),
+        "accuracy_ci95": list(wilson(int(correct.sum()), len(correct))),
+    }
+
+
+def slices(scores: Scores, places: Mapping[str, np.ndarray], loss: LossSection) -> dict[str, Any]:
+    """The figures of each of some groups of pairs."""
+    columns = per_pair_metrics(scores, loss)
+    return {
+        name: {
+            **mean_figures({key: column[where] for key, column in columns.items()}),
+            **accuracy_figures(columns["accuracy"][where]),
+        }
+        for name, where in places.items()
+    }
+
+
+def delta(own: Scores, base: Scores, loss: LossSection) -> dict[str, Any]:
+    """What the model's figures are above the base's on the same pairs, paired: bootstrap 95 % intervals, and p-values.
+
+    `_p_mcnemar` is McNemar's exact test, `_p_sign_flip` a permutation test of the pairs' differences; both two-sided.
+    """
+    columns = [np.stack(list(per_pair_metrics(scores, loss).values())) for scores in (own, base)]
+    resampled = [resampled_means(column) for column in columns]
+    difference = columns[0] - columns[1]
+    count = difference.shape[1]
+    means, p_values = difference.mean(1), sign_flip_test(difference)
+    low, high = interval(resampled[0] - resampled[1], count)
+    figures: dict[str, Any] = {"pairs": count}
+    for i, name in enumerate(per_pair_metrics(own, loss)):
+        figures[name] = float(means[i])
+        figures[f"{name}_ci95"] = [float(low[i]), float(high[i])]
+        if name == "accuracy":
+            figures["accuracy_p_mcnemar"] = sign_test(int((difference[i] > 0).sum()), int((difference[i] < 0).sum()))
+        else:
+            figures[f"{name}_p_sign_flip"] = float(p_values[i])
+        if name in _PERPLEXITIES:
+            of_means = [_perplexity(column[i].mean()) for column in columns]
+            ends = interval(_perplexity(resampled[0][:, i]) - _perplexity(resampled[1][:, i]), count)
+            figures[_PERPLEXITIES[name]] = float(of_means[0] - of_means[1])
+            figures[f"{_PERPLEXITIES[name]}_ci95"] = [float(end) for end in ends]
+    return figures
+
+
+_PERPLEXITIES = {"chosen_logps": "chosen_perplexity", "rejected_logps": "rejected_perplexity"}
+
+
+def _perplexity(logps: Any) -> Any:
+    """exp of minus a mean log-prob, at most exp(700), so that it stays a number."""
+    return np.exp(np.minimum(-logps, 700.0))
 
 
 def evaluation_row(scores: Scores, loss: LossSection, step: int, epoch: float) -> dict[str, Any]:
     """The evaluation row of `metrics.jsonl`, without its times."""
     means = {f"eval_{name}": float(values.mean()) for name, values in per_pair_metrics(scores, loss).items()}
-    perplexity = float(np.exp(-means["eval_chosen_logps"]))
+    perplexity = float(_perplexity(means["eval_chosen_logps"]))
     return {
         "step": step,
         "epoch": epoch,
@@ -174,96 +277,198 @@ def evaluation_row(scores: Scores, loss: LossSection, step: int, epoch: float) -
     }
 
 
-def bootstrap(columns: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Means (C,) of columns (C, N) and the ends of their percentile bootstrap 95 % intervals, pairs resampled."""
-    generator = np.random.Generator(np.random.PCG64(seed))
-    count = columns.shape[1]
-    resampled = np.empty((_RESAMPLES, len(columns)))
-    for r in range(_RESAMPLES):
-        weights = np.bincount(generator.integers(0, count, count), minlength=count)
-        resampled[r] = columns @ weights / count
-    low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
-    return columns.mean(1), low, high
-
-
-def length_controlled_accuracy(correct: np.ndarray, longer: np.ndarray) -> float:
-    """Accuracy expected of a pair whose answers are equally long.
-
-    Fits P(correct) = sigmoid(a + b * d), d how many tokens the chosen answer is longer, in standard deviations, by
-    Newton's method with a slight ridge (so that separable data has a fit); returns sigmoid(a). As in length-controlled
-    AlpacaEval (Dubois et al. 2024, arXiv 2404.04475), "longer" cannot pass for "better".
-    """
-    spread = longer.std()
-    design = np.stack([np.ones_like(longer), longer / spread if spread > 0 else np.zeros_like(longer)])
-    weights = np.zeros(2)
-    for _ in range(50):
-        p = 1 / (1 + np.exp(-(weights @ design)))
-        gradient = design @ (correct - p) - 1e-2 * weights
-        hessian = (design * (p * (1 - p))) @ design.T + 1e-2 * np.eye(2)
-        step = np.linalg.solve(hessian, gradient)
-        weights += step
-        if np.abs(step).max() < 1e-10:
-            break
-    return float(1 / (1 + np.exp(-weights[0])))
-
-
 def skipped(pairs: PairSet) -> dict[str, int]:
     """Rows that were not scored, by reason."""
     return {reason: pairs.dropped[reason] for reason in DROP_REASONS}
 
 
-def pair_lines(scores: Scores, pairs: Sequence[TokenizedPair]) -> Iterator[Mapping[str, Any]]:
-    """One object a pair for `eval.pairs.jsonl`, in the order of the pairs."""
-    for i, pair in enumerate(pairs):
-        chosen_tokens, rejected_tokens = _response_tokens(pair)
+def pair_lines(
+    scores: Scores, pairs: Sequence[TokenizedPair], base: Mapping[int, Mapping[str, float]] | None = None
+) -> Iterator[Mapping[str, Any]]:
+    """One object a pair for `eval.pairs.jsonl`, in the order of the pairs; `base`: pair_figures of another model."""
+    for pair, figures in zip(pairs, pair_figures(scores, pairs).values(), strict=True):
+        chosen_tokens, rejected_tokens = response_tokens(pair)
         yield {
             "index": pair.index,
-            "chosen_logps": float(scores.chosen_logps[i]),
-            "rejected_logps": float(scores.rejected_logps[i]),
-            "log_odds_ratio": float(scores.log_odds_ratio[i]),
+            **figures,
             "chosen_tokens": chosen_tokens,
             "rejected_tokens": rejected_tokens,
             "prompt_tokens": pair.chosen_start,
+            **{f"base_{name}": value for name, value in (base or {}).get(pair.index, {}).items()},
         }
 
 
-def _response_tokens(pair: TokenizedPair) -> tuple[int, int]:
-    return len(pair.chosen_ids) - pair.chosen_start, len(pair.rejected_ids) - pair.rejected_start
+def pair_figures(scores: Scores, pairs: Sequence[TokenizedPair]) -> dict[int, dict[str, float]]:
+    """What is written of each pair's scores, by the pair's index."""
+    ratios = scores.log_odds_ratio
+    return {
+        pair.index: {
+            "chosen_logps": float(scores.chosen_logps[i]),
+            "rejected_logps": float(scores.rejected_logps[i]),
+            "log_odds_ratio": float(ratios[i]),
+        }
+        for i, pair in enumerate(pairs)
+    }
 
 
 # ---- the verb ----
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What `orpo eval` is asked for beside the figures of the pairs."""
+
+    base: str | None = None
+    """A run, an adapter or a model to compare with."""
+    by: Sequence[str] = ()
+    """Columns of the data whose values the pairs are grouped by."""
+    samples: int | None = None
+    """How many prompts are answered; None: none, or all where answers are judged or written."""
+    judge: str | None = None
+    """A reward model."""
+    answers: Path | None = None
+    """The file for the answers in AlpacaEval's shape."""
+    max_new_tokens: int = 256
+
+    @property
+    def wants_answers(self) -> bool:
+        """Whether prompts are to be answered."""
+        return bool(self.samples or self.judge or self.answers)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model that is to be scored and asked, not loaded yet, and how it reads."""
+
+    recipe: Recipe
+    """`model` names it; longer pairs than its context holds are left out."""
+    text: TextSide
+    adapter: Path | None
+
+    @staticmethod
+    def of(subject: Subject, like: Contestant | None = None) -> Contestant:
+        """The model that a verb was pointed at; it reads with the tokens of `like` where it knows all of them.
+
+        Then both are scored on the same tokens, and what the base has not been taught is as before training.
+        """
+        recipe, context = subject.recipe, context_tokens(subject.recipe.model)
+        if context is not None and recipe.data.max_length > context:
+            section = recipe.data.model_copy(update={"max_length": context})
+            recipe = recipe.model_copy(update={"data": section})
+        text = load_text_side(recipe, subject.tokenizer)
+        if like is not None:
+            own, known = text.tokenizer.get_vocab().items(), like.text.tokenizer.get_vocab().items()
+            same = text.fingerprints() == like.text.fingerprints() if subject.adapter else own <= known
+            text = like.text if same else text
+        return Contestant(recipe, text, subject.adapter)
+
+    def pairs(self, rows: Iterable[tuple[int, Pair]]) -> list[TokenizedPair]:
+        """Those of some pairs that fit it, by its own tokens."""
+        tokenised = pair_tokenizer(self.recipe, self.text).batch(list(rows))
+        return [pair for pair in tokenised if isinstance(pair, TokenizedPair)]
+
+    def examine(
+        self, pairs: Sequence[TokenizedPair], asked: Sequence[Question], max_new_tokens: int
+    ) -> tuple[Scores, list[Answer]]:
+        """Load the model, score the pairs, and let it answer."""
+        gc.collect()  # another model, if one was loaded
+        torch.cuda.empty_cache()
+        recipe, device = self.recipe, PartialState().device
+        built = build_for_scoring(recipe.model, self.text, device, adapter=self.adapter)
+        scores = score_pairs(
+            built.logprobs,
+            pairs,
+            nll_tokens=recipe.loss.nll_tokens,
+            max_tokens=scoring_tokens(built.logprobs, recipe),
+            device=device,
+            may_shrink=recipe.train.max_tokens_per_microbatch == "auto",
+        )
+        speaker = Speaker(built.base, self.text, None, context_tokens(recipe.model), Sampling(max_new_tokens))
+        return scores, answer_all(speaker, asked)
+
+
+def find_base(name: str, subject: Subject) -> Subject:
+    """What is to be compared with a subject: another run or adapter as it is, a model as the subject uses its base."""
+    found, model = find_subject(name, None, None, scores=False), subject.recipe.model
+    if found.adapter is not None:
+        model = found.recipe.model
+    elif name != model.name_or_path:  # code is trusted of one repository, not of others
+        changes = {"name_or_path": found.recipe.model.name_or_path, "revision": "main", "trust_remote_code": False}
+        model = model.model_copy(update=changes)
+    return Subject(subject.recipe.model_copy(update={"model": model}), found.adapter, found.tokenizer)
+
+
 def evaluate_target(
-    target: str, *, data: str | None = None, recipe_file: Path | None = None, output: Path | None = None
+    target: str,
+    *,
+    data: str | None = None,
+    recipe_file: Path | None = None,
+    output: Path | None = None,
+    extras: Extras | None = None,
 ) -> dict[str, Any]:
     """The held-out figures of a run, an adapter or a model; written to `output`, if given, with its pairs beside it.
 
     A run, and whatever lies in one, is read, rendered and scored as its recipe says; `data` names other pairs.
     Raises InputError kinds where something is missing.
     """
-    subject = find_subject(target, load_recipe(recipe_file) if recipe_file else None, data)
-    recipe, device = subject.recipe, PartialState().device
+    extras = extras or Extras()
+    device = PartialState().device
     if device.type == "cpu":
         keep_freed_memory()
-    context = context_tokens(recipe.model)
-    if context is not None and recipe.data.max_length > context:  # longer pairs are skipped and counted
-        data_section = recipe.data.model_copy(update={"max_length": context})
-        recipe = recipe.model_copy(update={"data": data_section})
-    text = load_text_side(recipe, subject.tokenizer)
-    pairs = load_held_out(recipe.data, pair_tokenizer(recipe, text), recipe.train)
-    built = build_for_scoring(recipe.model, text, device, adapter=subject.adapter)
+    subject = find_subject(target, load_recipe(recipe_file) if recipe_file else None, data)
+    model = Contestant.of(subject)
+    base = None if extras.base is None else Contestant.of(find_base(extras.base, subject), like=model)
+    judge = None if extras.judge is None else classifier_section(extras.judge)
+    loss, recipe = model.recipe.loss, model.recipe
+    pairs = load_held_out(recipe.data, pair_tokenizer(recipe, model.text), recipe.train)
     listed = pairs.in_source_order()
-    scores = score_pairs(
-        built.logprobs,
-        listed,
-        nll_tokens=recipe.loss.nll_tokens,
-        max_tokens=scoring_tokens(built.logprobs, recipe),
-        device=device,
-        may_shrink=recipe.train.max_tokens_per_microbatch == "auto",
-    )
-    figures = {**summarise(scores, listed, recipe.loss), "skipped": skipped(pairs)}
+    rows = list(pairs.reader.rows_at(pair.index for pair in listed)) if extras != Extras() else []
+    texts = [(index, pair) for index, _, pair in rows]
+    grouped = {column: grouped_by(column, [row for _, row, _ in rows]) for column in extras.by}
+    asked = questions(texts, extras.samples) if extras.wants_answers else []
+
+    scores, said = model.examine(listed, asked, extras.max_new_tokens)
+    figures = {**summarise(scores, listed, loss), "skipped": skipped(pairs)}
+    answers, of_base = {"model": said}, None
+    if grouped:
+        figures["slices"] = {column: slices(scores, places, loss) for column, places in grouped.items()}
+    if base is not None:
+        same = base.text is model.text and base.recipe.data.max_length == recipe.data.max_length
+        theirs = listed if same else base.pairs(texts)
+        base_scores, answers["base"] = base.examine(theirs, asked, extras.max_new_tokens)
+        figures["base"] = {"model": extras.base, **summarise(base_scores, theirs, loss)}
+        own_at, base_at = shared_places(listed, theirs)
+        figures["delta"] = delta(scores.at(own_at), base_scores.at(base_at), loss)
+        of_base = pair_figures(base_scores, theirs)
+    if asked:
+        figures["answers"] = {"max_new_tokens": extras.max_new_tokens, **describe(answers, asked)}
+    if extras.samples:
+        figures["samples"] = side_by_side(answers, asked)
+    if judge is not None:
+        found = rewards(Judge(*load_classifier(judge, device)), answers, asked)
+        figures["judge"] = {"model": extras.judge, **win_rates(found)}
+    if extras.answers is not None:
+        write_file(extras.answers, to_json(alpaca_eval(said, asked, generator=target)))
     if output is not None:
         write_file(output, to_json(figures))
-        write_file(output.with_suffix(".pairs.jsonl"), to_json_lines(pair_lines(scores, listed)))
+        write_file(output.with_suffix(".pairs.jsonl"), to_json_lines(pair_lines(scores, listed, of_base)))
     return figures
+
+
+def grouped_by(column: str, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    """The places of the rows of each value of a column. Raises DataError where it is not there, or groups nothing."""
+    found = groups(column_values(rows, column, "--by"))
+    if len(found) > MAX_SLICES:
+        raise DataError(
+            f"--by {column}: it has {len(found):,} different values", f"name a column of {MAX_SLICES} at most"
+        )
+    return found
+
+
+def shared_places(own: Sequence[TokenizedPair], other: Sequence[TokenizedPair]) -> tuple[list[int], list[int]]:
+    """Where the pairs that two lists have in common, by index, stand in each. Raises DataError if there are none."""
+    place = {pair.index: i for i, pair in enumerate(other)}
+    shared = [(i, place[pair.index]) for i, pair in enumerate(own) if pair.index in place]
+    if not shared:
+        raise DataError("--base: none of the pairs fits its context", "name a base with the context of the model")
+    return [i for i, _ in shared], [j for _, j in shared]

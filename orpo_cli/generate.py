@@ -121,7 +121,7 @@ class Speaker:
 
     def answer(self, prompt: str, show: Callable[[str], None] | None = None) -> tuple[str, bool]:
         """The answer to a prompt that stands by itself, and whether it is whole."""
-        return self._answer(prompt_ids(self.text, prompt, self.system), show)
+        return self.answer_tokens(prompt_ids(self.text, prompt, self.system), show)
 
     def chat(self, said: Iterable[str], show: Callable[[str], None]) -> Iterator[str]:
         """Answer each line in the dialogue of all lines before it; `/new` begins another one.
@@ -139,14 +139,15 @@ class Speaker:
                 continue
             asked = [*dialogue, Message("user", line)]
             try:
-                answer, _ = self._answer(dialogue_ids(self.text, asked), show)
+                answer, _ = self.answer_tokens(dialogue_ids(self.text, asked), show)
             except InputError as error:
                 warn(f"{error.message}: {NEW_DIALOGUE} begins a new dialogue")
                 continue
             dialogue = [*asked, Message("assistant", answer)]
             yield answer
 
-    def _answer(self, ids: Sequence[int], show: Callable[[str], None] | None) -> tuple[str, bool]:
+    def answer_tokens(self, ids: Sequence[int], show: Callable[[str], None] | None = None) -> tuple[str, bool]:
+        """The answer to the token ids of a prompt, as far as the context has room for it, and whether it is whole."""
         sampling = self.sampling
         if self.context is not None:
             room = self.context - len(ids)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -22,6 +22,7 @@ from orpo_cli.data.formats import (
     Drop,
     Format,
     Pair,
+    Row,
     check_filters,
     passes,
     read_pair,
@@ -127,6 +128,19 @@ class PairReader:
             if isinstance(result, Drop) and result.reason == "malformed" and self.section.strict:
                 raise DataError(f"{self.where(index)}: {result.detail}", "correct the row, or set data.strict: false")
             yield index, pair if isinstance(pair, Pair) else None, result
+
+    def rows_at(self, positions: Iterable[int]) -> Iterator[tuple[int, Row, Pair]]:
+        """The usable ones of the rows at these positions, in source order: position, the row as it is, its pair."""
+        wanted = set(positions)
+        for source in self.sources:
+            for index, row in enumerate(source.rows.rows(), source.start):
+                if not wanted or index - source.start == source.stop_row:
+                    break
+                if index in wanted:
+                    wanted.remove(index)
+                    pair = self._pair(source, row)
+                    if isinstance(pair, Pair) and not isinstance(row, BadRow):
+                        yield index, row, pair
 
     def where(self, index: int) -> str:
         """File and row of a position, for messages."""

@@ -440,6 +440,16 @@ def check_filters(rows: Sequence[Row], filters: Sequence[Filter]) -> None:
         _check_column(rows, spec.column, "filter")
 
 
+def column_values(rows: Sequence[Row], column: str, where: str) -> list[Any]:
+    """Each row's value of a column, a dot reaching into nested values; None where the row lacks it or has a null.
+
+    Raises `DataError`, naming `where` the column was asked for, if no row has it.
+    """
+    _check_column(rows, column, where)
+    values = [_lookup(row, column) for row in rows]
+    return [None if value is _MISSING or _is_nan(value) else value for value in values]
+
+
 def passes(row: Row, filters: Sequence[Filter]) -> bool:
     """Whether a row meets every filter. A column that this row lacks is null there.
 

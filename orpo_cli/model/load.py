@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
@@ -148,21 +149,24 @@ def load_model(section: ModelSection, device: torch.device, *, quantise: bool = 
             output_loading_info=True,
             **arguments,
         )
-    # Weights that are missing would be made up at random, without a word.
+    _check_weights(section.name_or_path, model, info)
+    model.config.use_cache = False
+    return model.train()
+
+
+def _check_weights(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Raise ModelError where weights are missing, which would be made up at random without a word, or not finite."""
     if absent := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
         raise ModelError(
-            f"the weights of {section.name_or_path} lack {len(absent)} tensors or have them in other shapes: "
-            f"{', '.join(absent[:3])}",
+            f"the weights of {name} lack {len(absent)} tensors or have them in other shapes: {', '.join(absent[:3])}",
             "download or copy them again; config.json and weights must belong together",
         )
-    if broken := [name for name, weight in model.named_parameters() if not _is_finite(weight)]:
+    if broken := [weight_name for weight_name, weight in model.named_parameters() if not _is_finite(weight)]:
         raise ModelError(
-            f"weights of {section.name_or_path} hold NaN or infinities in {dtype}: {', '.join(broken[:3])}"
+            f"weights of {name} hold NaN or infinities in {str(model.dtype)[6:]}: {', '.join(broken[:3])}"
             f"{f', and {len(broken) - 3} more' if len(broken) > 3 else ''}",
             "the model is broken, or model.dtype too narrow for it: take another copy, or another dtype",
         )
-    model.config.use_cache = False
-    return model.train()
 
 
 def _is_finite(weight: Tensor) -> bool:
@@ -201,6 +205,40 @@ def _check_weight_files(section: ModelSection, config: PreTrainedConfig) -> None
         for shard in sorted(map(str, shards)):
             if Path(shard).name != shard or not shard.endswith(".safetensors"):
                 raise ModelError(f"{index.name} of {name} names {shard}", "shards are safetensors files beside it")
+
+
+def classifier_section(name: str) -> ModelSection:
+    """How to load a sequence classifier of one logit, a reward model say. Raises ModelError for what is no such model.
+
+    Reads its configuration alone.
+    """
+    section = ModelSection(name_or_path=name)
+    config = load_config(section)
+    kinds = config.architectures or []
+    if config.num_labels != 1 or not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        raise ModelError(
+            f"{name} is no reward model: {', '.join(kinds) or 'a model of no known kind'}, {config.num_labels} labels",
+            "name a sequence classifier (...ForSequenceClassification) with one label",
+        )
+    return section
+
+
+def load_classifier(section: ModelSection, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence classifier and its tokenizer, for inference; on a CPU in float32, else in its own dtype."""
+    tokenizer, config = load_tokenizer(section), load_config(section)
+    dtype = torch.float32 if device.type == "cpu" else compute_dtype(section, config, device)
+    with _explained(section):
+        _check_weight_files(section, config)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            section.name_or_path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            device_map={"": device},
+            output_loading_info=True,
+        )
+    _check_weights(section.name_or_path, model, info)
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def quantisation(section: ModelSection, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -82,8 +82,8 @@ class StepDisplay:
     def step(self, row: Mapping[str, Any]) -> None:
         """Show a training row of `metrics.jsonl`."""
         figures = (
-            f"loss {_number(row['loss'])}  nll {_number(row['nll_loss'])}  "
-            f"log odds ratio {_number(row['log_odds_ratio'])}  accuracy {_number(row['accuracy'])}  "
+            f"loss {number(row['loss'])}  nll {number(row['nll_loss'])}  "
+            f"log odds ratio {number(row['log_odds_ratio'])}  accuracy {number(row['accuracy'])}  "
             f"{row['tokens_per_second']:,.0f} tok/s"
         )
         if self._live:
@@ -94,13 +94,14 @@ class StepDisplay:
     def evaluated(self, row: Mapping[str, Any]) -> None:
         """Show an evaluation row of `metrics.jsonl`."""
         say(
-            f"held-out at step {row['step']}: loss {_number(row['eval_loss'])}  "
-            f"accuracy {_number(row['eval_accuracy'])}  log odds ratio {_number(row['eval_log_odds_ratio'])}  "
-            f"log-probs chosen {_number(row['eval_chosen_logps'])}, rejected {_number(row['eval_rejected_logps'])}"
+            f"held-out at step {row['step']}: loss {number(row['eval_loss'])}  "
+            f"accuracy {number(row['eval_accuracy'])}  log odds ratio {number(row['eval_log_odds_ratio'])}  "
+            f"log-probs chosen {number(row['eval_chosen_logps'])}, rejected {number(row['eval_rejected_logps'])}"
         )
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A figure in four digits, a dash for none."""
     return "-" if value is None else f"{value:.4g}"
 
 
@@ -165,8 +166,8 @@ def comparison(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Ta
         interval = after.get(f"{name}_ci95")
         cells = [name.replace("_", " ")]
         if before:
-            cells.append(_number(before[f"eval_{name}"]))
-        cells.append(_number(after[name]))
+            cells.append(number(before[f"eval_{name}"]))
+        cells.append(number(after[name]))
         cells.append(f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "")
         table.add_row(*cells)
     return table
