@@ -100,8 +100,8 @@ def length_controlled_accuracy(correct: np.ndarray, longer: np.ndarray) -> tuple
     Fits P(correct) = sigmoid(a + b * d), d how many tokens the chosen answer is longer, in standard deviations, by
     Newton's method with a slight ridge (so that separable data has a fit); the accuracy is sigmoid(a). As in
     length-controlled AlpacaEval (Dubois et al. 2024, arXiv 2404.04475), "longer" cannot pass for "better". The
-    interval is that of a, mapped: its standard error is the sandwich estimate, right also where the curve is not quite
-    the true one.
+    interval is that of a, mapped. Its standard error is the larger of the sandwich estimate, right also where the curve
+    is not quite the true one, and that of the curve, which does not vanish where all pairs are right.
     """
     spread = longer.std()
     design = np.stack([np.ones_like(longer), longer / spread if spread > 0 else np.zeros_like(longer)])
@@ -115,7 +115,7 @@ def length_controlled_accuracy(correct: np.ndarray, longer: np.ndarray) -> tuple
         if np.abs(step).max() < 1e-10:
             break
     influence = np.linalg.solve(hessian, design * (correct - p))[0]
-    error = _Z95 * math.sqrt(influence @ influence)
+    error = _Z95 * math.sqrt(max(influence @ influence, np.linalg.inv(hessian)[0, 0]))
     value, low, high = _sigmoid(weights[0] + np.array([0.0, -error, error]))
     return float(value), float(low), float(high)
 

@@ -321,14 +321,19 @@ def test_eval_prints_json_and_nothing_else_on_stdout(orpo, tiny_run, tmp_path):
 def test_eval_fails_under_a_threshold_but_prints_the_figures(orpo, tiny_run):
     code, out, err = orpo("eval", tiny_run, "--fail-under", "accuracy=0.1", "--fail-under", "loss=99.5")
     loss = json.loads(out)["loss"]
-    assert (code, err) == (1, f"error: loss is {loss:.4g}, below 99.5\n")
+    assert code == 1
+    assert err.endswith(f"\nerror: loss is {loss:.4g}, below 99.5\n")
+    nested = "accuracy_by_length.chosen_longer.accuracy"
+    code, _, err = orpo("eval", tiny_run, "--fail-under", f"{nested}=1.5")
+    assert code == 1
+    assert f"error: {nested} is " in err
 
 
 def test_eval_refuses_a_threshold_of_no_figure(orpo, tiny_run):
     code, out, err = orpo("eval", tiny_run, "--fail-under", "acuracy=0.1")
     assert code == 2
     assert json.loads(out)
-    assert err.startswith("error: --fail-under: there is no figure acuracy\nhint: there are accuracy, ")
+    assert "\nerror: --fail-under: there is no figure acuracy\nhint: there are accuracy, " in err
 
 
 @pytest.mark.parametrize("threshold", ["accuracy", "accuracy=", "accuracy=much", "=0.5"])
@@ -341,11 +346,34 @@ def test_eval_refuses_what_is_no_threshold_before_it_scores(orpo, threshold):
     )
 
 
-def test_eval_refuses_an_output_that_cannot_be_written_before_it_scores(orpo, tmp_path):
+@pytest.mark.parametrize("option", ["--output", "--answers"])
+def test_eval_refuses_a_file_that_cannot_be_written_before_it_scores(orpo, tmp_path, option):
     for output in (tmp_path, tmp_path / "absent" / "figures.json"):
-        code, out, err = orpo("eval", "run", "--output", output)
+        code, out, err = orpo("eval", "run", option, output)
         assert (code, out) == (2, "")
-        assert err.startswith(f"error: --output {output}: no file can be written there\n")
+        assert err.startswith(f"error: {option} {output}: no file can be written there\n")
+
+
+def test_eval_with_all_that_it_can_be_asked_for(orpo, tiny_run, tiny_base, tiny_pairs, tmp_path):
+    more = ["--base", tiny_base, "--by", "prompt", "--by", "chosen", "--samples", "2", "--max-new-tokens", "4"]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(tiny_pairs.read_text().splitlines(keepends=True)[:9]))
+    code, out, err = orpo("eval", tiny_run, "--data", pairs, *more, "--answers", tmp_path / "answers.json")
+    assert code == 0
+    figures = json.loads(out)
+    assert set(figures) > {"base", "delta", "slices", "samples", "answers"}
+    assert len(json.loads((tmp_path / "answers.json").read_text())) == len(figures["samples"]) == 2
+    for words in (
+        "9 pairs",
+        "delta",
+        "by prompt",
+        "by chosen",
+        "answers to 2 prompts",
+        "self bleu",
+        "prompt  Which is",
+    ):
+        assert words in err
+    assert f"{figures['delta']['loss']:.4g}" in err
 
 
 @pytest.mark.parametrize("arguments", [["eval"], ["eval", "--data", "x.jsonl"], ["merge"]])

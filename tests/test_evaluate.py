@@ -6,25 +6,31 @@ import dataclasses
 import json
 import math
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from orpo_cli.data.batches import nll_positions
 from orpo_cli.errors import DataError, InputError
 from orpo_cli.evaluate import (
+    Extras,
     Scores,
-    bootstrap,
+    delta,
     evaluate_target,
     evaluation_row,
-    length_controlled_accuracy,
     pair_lines,
     score_pairs,
+    slices,
     summarise,
 )
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import LossSection
+from tests.conftest import tiny_rows, write_tiny_base, write_tiny_recipe
 from tests.tiny import random_pairs, tiny_model
 
 MEANS = ["loss", "nll_loss", "or_loss", "log_odds_ratio", "accuracy", "chosen_logps", "rejected_logps"]
@@ -91,80 +97,20 @@ def test_the_figures_are_the_same_every_time():
 def test_certainty_and_impossibility_have_finite_figures():
     scores = Scores(np.array([0.0, -1e-9, -300.0]), np.array([-300.0, 0.0, -1e-9]), np.zeros(3), np.ones(3))
     figures = summarise(scores, random_pairs(3), LossSection())
-    assert all(np.isfinite(value).all() for value in figures.values())
+    assert all(np.isfinite(value).all() for value in leaves(figures))
+
+
+def leaves(figures: Any) -> list[Any]:
+    """All numbers of nested figures; of groups without a pair, their count."""
+    if isinstance(figures, dict):
+        return [leaf for value in figures.values() if value is not None for leaf in leaves(value)]
+    return [figures]
 
 
 def test_a_single_pair_has_figures():
     figures = summarise(random_scores(1), random_pairs(1), LossSection())
     assert figures["accuracy_ci95"] == [figures["accuracy"]] * 2
     assert 0 < figures["length_controlled_accuracy"] < 1
-
-
-# Intervals
-
-
-def test_95_percent_intervals_hold_the_truth_in_about_95_percent():
-    rng = np.random.default_rng(3)
-    experiments = (1000, 60)
-    for columns, truth in ((rng.normal(2.0, 3.0, experiments), 2.0), ((rng.random(experiments) < 0.7) * 1.0, 0.7)):
-        means, low, high = bootstrap(columns)
-        np.testing.assert_allclose(means, columns.mean(1))
-        assert np.mean((low <= truth) & (truth <= high)) == pytest.approx(0.95, abs=0.03)
-
-
-def test_an_interval_is_as_wide_as_the_standard_error_says():
-    column = np.random.default_rng(0).normal(size=(1, 1000))
-    _, low, high = bootstrap(column)
-    assert (high - low)[0] == pytest.approx(2 * 1.96 * column.std() / math.sqrt(1000), rel=0.1)
-
-
-# Length
-
-
-def simulated(length_effect: float, quality: float, count: int = 4000):
-    rng = np.random.default_rng(1)
-    longer = np.round(rng.normal(5.0, 10.0, count))
-    p = 1 / (1 + np.exp(-(quality + length_effect * longer / longer.std())))
-    return (rng.random(count) < p).astype(float), longer
-
-
-@pytest.mark.parametrize("quality", [-1.0, 0.0, 1.5])
-@pytest.mark.parametrize("length_effect", [0.0, 2.0])
-def test_length_controlled_accuracy_finds_the_accuracy_at_equal_length(quality, length_effect):
-    correct, longer = simulated(length_effect, quality)
-    truth = 1 / (1 + math.exp(-quality))
-    assert length_controlled_accuracy(correct, longer) == pytest.approx(truth, abs=0.04)
-    if length_effect:
-        assert abs(correct.mean() - truth) > 0.05 or quality == 1.5
-
-
-def test_a_judge_of_length_alone_is_no_better_than_chance():
-    rng = np.random.default_rng(2)
-    longer = rng.integers(1, 50, 500) * np.where(rng.random(500) < 0.8, 1.0, -1.0)
-    assert (longer > 0).mean() > 0.75
-    assert length_controlled_accuracy((longer > 0).astype(float), longer) == pytest.approx(0.5, abs=0.15)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_answers_of_equal_length_have_their_plain_accuracy(share):
-    correct = (np.arange(400) < share * 400).astype(float)
-    assert length_controlled_accuracy(correct, np.zeros(400)) == pytest.approx(share, abs=0.01)
-    assert length_controlled_accuracy(correct, np.full(400, 7.0)) == pytest.approx(share, abs=0.01)
-
-
-def test_the_fit_is_where_the_penalised_likelihood_is_largest():
-    correct, longer = simulated(1.0, 0.3, count=50)
-    design = np.stack([np.ones(50), longer / longer.std()])
-
-    def objective(a: float, b: float) -> float:
-        z = a * design[0] + b * design[1]
-        return float((correct * z - np.logaddexp(0, z)).sum() - 0.005 * (a * a + b * b))
-
-    grid = np.linspace(-3, 3, 241)
-    a, b = max(((a, b) for a in grid for b in grid), key=lambda ab: objective(*ab))
-    fitted = length_controlled_accuracy(correct, longer)
-    assert fitted == pytest.approx(1 / (1 + math.exp(-a)), abs=0.01)
-    assert abs(b) < 3
 
 
 # Scores
@@ -252,7 +198,7 @@ def test_pair_lines():
 
 
 def without_ci(figures: dict) -> dict:
-    return {name: value for name, value in figures.items() if not name.endswith("_ci95")}
+    return {name: value for name, value in figures.items() if isinstance(value, float)}
 
 
 @pytest.mark.parametrize("part", ["", "adapter", "merged", "checkpoints/step-000004"])
@@ -305,3 +251,288 @@ def test_what_is_missing_is_said(tiny_base, tiny_recipe, tmp_path):
     recipe = tiny_recipe(data={"eval": None})
     with pytest.raises(DataError, match="the recipe has no held-out data"):
         evaluate_target(str(tiny_base), recipe_file=recipe)
+
+
+# Every figure, recomputed from the logits of plain padded passes in float64
+
+
+@pytest.fixture(scope="module")
+def other_base(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("other-base")
+    write_tiny_base(directory, seed=1)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def grouped_pairs(tmp_path_factory) -> Path:
+    """40 pairs with a source, a nested judge and a score; the last has a prompt that stands there before."""
+    path = tmp_path_factory.mktemp("grouped") / "pairs.jsonl"
+    rows = [
+        {**row, "source": "ab"[i % 3 == 0], "meta": {"judge": {"name": "x" if i < 10 else "y"}}, "score": i / 4}
+        for i, row in enumerate(tiny_rows(40))
+    ]
+    rows[39]["prompt"] = rows[0]["prompt"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def plain_logps(model: Any, pairs: list[dict[str, Any]]) -> list[dict[str, list[float]]]:
+    """log P of every token but the first of both sides of each pair; one padded pass over all of them."""
+    sequences = [pair["prompt_ids"] + pair[f"{side}_ids"] for pair in pairs for side in ("chosen", "rejected")]
+    longest = max(map(len, sequences))
+    ids = torch.tensor([sequence + [0] * (longest - len(sequence)) for sequence in sequences])
+    mask = torch.tensor([[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences])
+    with torch.no_grad():
+        logits = model.double().eval()(input_ids=ids, attention_mask=mask).logits
+    logps = logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    rows = [row[: len(sequence) - 1].tolist() for row, sequence in zip(logps, sequences, strict=True)]
+    return [{"chosen": rows[i], "rejected": rows[i + 1]} for i in range(0, len(rows), 2)]
+
+
+def columns_of(
+    logps: list[dict[str, list[float]]], pairs: list[dict[str, Any]], loss: LossSection
+) -> dict[str, list[float]]:
+    """Each figure of each pair, one pair after the other."""
+    columns: dict[str, list[float]] = {name: [] for name in MEANS}
+    nll = []
+    for logp, pair in zip(logps, pairs, strict=True):
+        mean = {
+            side: sum(logp[side][-len(pair[f"{side}_ids"]) :]) / len(pair[f"{side}_ids"])
+            for side in ("chosen", "rejected")
+        }
+        ratio = log_odds(mean["chosen"]) - log_odds(mean["rejected"])
+        counted = logp["chosen"] if loss.nll_tokens == "all" else logp["chosen"][-len(pair["chosen_ids"]) :]
+        nll.append((-sum(counted), len(counted)))
+        columns["or_loss"].append(math.log1p(math.exp(-ratio)))
+        columns["log_odds_ratio"].append(ratio)
+        columns["accuracy"].append(float(ratio > 0))
+        columns["chosen_logps"].append(mean["chosen"])
+        columns["rejected_logps"].append(mean["rejected"])
+    mean_tokens = sum(tokens for _, tokens in nll) / len(nll)
+    for total, tokens in nll:
+        columns["nll_loss"].append(total / (tokens if loss.nll_reduction == "pair" else mean_tokens))
+    columns["loss"] = [n + loss.beta * o for n, o in zip(columns["nll_loss"], columns["or_loss"], strict=True)]
+    return columns
+
+
+def students_t(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t, by adding up its density."""
+    steps = 200_000
+    x = (np.arange(steps) + 0.5) * (20 / steps)
+    density = (1 + x * x / degrees) ** (-(degrees + 1) / 2)
+    log_scale = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - 0.5 * math.log(degrees * math.pi)
+    reached = np.cumsum(density) * math.exp(log_scale) * (20 / steps)
+    return float(x[np.searchsorted(reached, 0.475)])
+
+
+def resamples(count: int) -> list[np.ndarray]:
+    generator = np.random.Generator(np.random.PCG64(0))
+    return [generator.integers(0, count, count) for _ in range(2000)]
+
+
+def ends(statistic: list[float], count: int) -> list[float]:
+    """The expanded percentile interval."""
+    tail = 0.5 * math.erfc(math.sqrt(count / (count - 1) / 2) * students_t(count - 1))
+    ordered = sorted(statistic)
+
+    def at(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        below = int(place)
+        return ordered[below] + (place - below) * (ordered[min(below + 1, len(ordered) - 1)] - ordered[below])
+
+    return [at(tail), at(1 - tail)]
+
+
+def length_controlled(correct: list[float], longer: list[float]) -> float:
+    """The penalised fit by a general optimiser."""
+    y, d = torch.tensor(correct).double(), torch.tensor(longer).double()
+    d = d / d.std(correction=0)
+    weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def objective():
+        optimizer.zero_grad()
+        z = weights[0] + weights[1] * d
+        value = torch.nn.functional.binary_cross_entropy_with_logits(z, y, reduction="sum")
+        value = value + 0.005 * weights.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(objective)
+    return torch.sigmoid(weights[0]).item()
+
+
+def check(figures: dict[str, Any], columns: dict[str, list[float]], pairs: list[dict[str, Any]]) -> None:
+    """All that `summarise` says."""
+    count = len(pairs)
+    draws = resamples(count)
+    assert figures["pairs"] == count
+    for name, values in columns.items():
+        column = np.array(values)
+        means = [float(column[draw].mean()) for draw in draws]
+        assert figures[name] == pytest.approx(column.mean(), rel=1e-4, abs=1e-5), name
+        assert figures[f"{name}_ci95"] == pytest.approx(ends(means, count), rel=1e-3, abs=1e-4), name
+        if name in ("chosen_logps", "rejected_logps"):
+            side = name.removesuffix("_logps")
+            assert figures[f"{side}_perplexity"] == pytest.approx(math.exp(-column.mean()), rel=1e-4)
+            expected = ends([math.exp(-mean) for mean in means], count)
+            assert figures[f"{side}_perplexity_ci95"] == pytest.approx(expected, rel=1e-3)
+    longer = [float(len(pair["chosen_ids"]) - len(pair["rejected_ids"])) for pair in pairs]
+    controlled = length_controlled(columns["accuracy"], longer)
+    assert figures["length_controlled_accuracy"] == pytest.approx(controlled, abs=1e-5)
+    low, high = figures["length_controlled_accuracy_ci95"]
+    assert low < controlled < high
+    for which, sign in (("shorter", -1), ("equal", 0), ("longer", 1)):
+        of = [a for a, d in zip(columns["accuracy"], longer, strict=True) if np.sign(d) == sign]
+        found = figures["accuracy_by_length"][f"chosen_{which}"]
+        assert found["pairs"] == len(of)
+        assert found["accuracy"] == (pytest.approx(sum(of) / len(of)) if of else None)
+        if of:
+            assert found["accuracy_ci95"][0] <= found["accuracy"] <= found["accuracy_ci95"][1]
+
+
+@pytest.mark.parametrize("loss", [{}, {"beta": 0.7, "nll_tokens": "all", "nll_reduction": "token"}])
+def test_every_figure_is_that_of_plain_passes_in_float64(
+    tiny_run, tiny_base, other_base, grouped_pairs, tiny_pairs, tmp_path, orpo, loss
+):
+    recipe = write_tiny_recipe(
+        tmp_path / "recipe.yaml",
+        tiny_base,
+        tiny_pairs,
+        tmp_path / "x",
+        loss=loss,
+        data={"train": str(grouped_pairs), "eval": str(grouped_pairs)},
+    )
+    figures = evaluate_target(
+        str(tiny_run),
+        recipe_file=recipe,
+        output=tmp_path / "eval.json",
+        extras=Extras(base=str(other_base), by=("meta.judge.name", "score")),
+    )
+    section = LossSection(**loss)
+    pairs = [json.loads(line) for line in orpo("data", recipe, "--json", "--held-out")[1].splitlines()]
+    assert len(pairs) == 40
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tiny_run / "adapter")
+    own = columns_of(plain_logps(model, pairs), pairs, section)
+    base = columns_of(plain_logps(AutoModelForCausalLM.from_pretrained(other_base), pairs), pairs, section)
+    check(figures, own, pairs)
+    check(figures["base"], base, pairs)
+
+    draws = resamples(40)
+    assert figures["delta"]["pairs"] == 40
+    for name in MEANS:
+        difference = np.array(own[name]) - np.array(base[name])
+        found = figures["delta"]
+        assert found[name] == pytest.approx(difference.mean(), rel=1e-3, abs=2e-5), name
+        expected = ends([float(difference[draw].mean()) for draw in draws], 40)
+        assert found[f"{name}_ci95"] == pytest.approx(expected, rel=1e-3, abs=1e-4), name
+        if name == "accuracy":
+            better, worse = int((difference > 0).sum()), int((difference < 0).sum())
+            tail = sum(math.comb(better + worse, k) for k in range(min(better, worse) + 1))
+            assert found["accuracy_p_mcnemar"] == pytest.approx(min(1.0, 2 * tail / 2 ** (better + worse)))
+        else:
+            signs = np.random.default_rng(9).choice([-1.0, 1.0], (20_000, 40))
+            share = np.mean(np.abs(signs @ difference) >= abs(difference.sum()) - 1e-9)
+            assert found[f"{name}_p_sign_flip"] == pytest.approx(share, abs=0.02)
+    for side in ("chosen", "rejected"):
+        column = [np.array(columns[f"{side}_logps"]) for columns in (own, base)]
+        assert figures["delta"][f"{side}_perplexity"] == pytest.approx(
+            math.exp(-column[0].mean()) - math.exp(-column[1].mean()), rel=1e-3
+        )
+        expected = ends([math.exp(-column[0][draw].mean()) - math.exp(-column[1][draw].mean()) for draw in draws], 40)
+        assert figures["delta"][f"{side}_perplexity_ci95"] == pytest.approx(expected, rel=1e-3, abs=1e-2)
+
+    assert list(figures["slices"]["meta.judge.name"]) == ["x", "y"]
+    quarters = figures["slices"]["score"]
+    assert [group["pairs"] for group in quarters.values()] == [10, 10, 10, 10]
+    for group, where in (
+        (figures["slices"]["meta.judge.name"]["y"], slice(10, 40)),
+        (quarters["2.5 to 4.75"], slice(10, 20)),
+    ):
+        for name in set(MEANS) - ({"loss", "nll_loss"} if loss else set()):  # there a token weighs by all pairs' tokens
+            assert group[name] == pytest.approx(np.mean(own[name][where]), rel=1e-4, abs=1e-5), name
+
+    lines = [json.loads(line) for line in (tmp_path / "eval.pairs.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):
+        for name in ("chosen_logps", "rejected_logps", "log_odds_ratio"):
+            assert line[name] == pytest.approx(own[name][i], abs=1e-4)
+            assert line[f"base_{name}"] == pytest.approx(base[name][i], abs=1e-4)
+
+
+# Comparison
+
+
+def test_a_model_beside_itself_differs_in_nothing():
+    scores = random_scores(30)
+    figures = delta(scores, scores, LossSection())
+    assert figures["accuracy_p_mcnemar"] == figures["loss_p_sign_flip"] == 1.0
+    assert {value for value in figures.values() if isinstance(value, float)} == {0.0, 1.0}
+
+
+def test_a_model_gone_bad_has_a_difference_without_numbers():
+    scores, bad = random_scores(5), random_scores(5)
+    bad.chosen_logps[2] = math.nan
+    figures = delta(bad, scores, LossSection())
+    assert math.isnan(figures["loss"])
+    assert math.isnan(figures["loss_p_sign_flip"])
+    assert figures["rejected_logps_p_sign_flip"] == 1.0
+
+
+@pytest.mark.parametrize("part", ["", "merged", "adapter"])
+def test_a_run_beside_its_base(tiny_run, tiny_base, part):
+    """Read with the run's own tokens and template, the base is what the run's first evaluation saw."""
+    figures = evaluate_target(str(tiny_run / part), extras=Extras(base=str(tiny_base)))
+    first = json.loads((tiny_run / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 0
+    for name in MEANS:
+        assert figures["base"][name] == pytest.approx(first[f"eval_{name}"], abs=1e-5)
+        assert figures["delta"][name] == pytest.approx(figures[name] - figures["base"][name], abs=1e-9)
+
+
+def test_a_run_beside_another_run_and_itself(tiny_run, tiny_base):
+    figures = evaluate_target(
+        str(tiny_base), data=None, recipe_file=tiny_run / "recipe.yaml", extras=Extras(base=str(tiny_run))
+    )
+    own = json.loads((tiny_run / "eval.json").read_text())
+    for name in MEANS:
+        assert figures["base"][name] == pytest.approx(own[name], abs=1e-4)
+    same = evaluate_target(str(tiny_run), extras=Extras(base=str(tiny_run)))
+    assert same["delta"]["loss"] == 0.0
+
+
+def test_a_base_with_other_tokens_is_scored_by_its_own(tiny_run, tmp_path):
+    """A byte-pair merge that the run's tokenizer has not: the pairs are the same, their tokens are fewer."""
+    from tokenizers import Tokenizer
+
+    base = tmp_path / "base"
+    write_tiny_base(base)
+    content = json.loads((base / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    content["model"]["merges"] = [["e", "r"]]
+    vocabulary["er"] = vocabulary.pop("ÿ")  # no text has this byte
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    assert len(Tokenizer.from_file(str(base / "tokenizer.json")).encode("larger").ids) < 8
+    figures = evaluate_target(str(tiny_run), output=tmp_path / "eval.json", extras=Extras(base=str(base)))
+    assert figures["delta"]["pairs"] == figures["base"]["pairs"] == 8
+    assert figures["base"]["loss"] != pytest.approx(json.loads((tiny_run / "eval.json").read_text())["loss"])
+    assert "base_chosen_logps" in json.loads((tmp_path / "eval.pairs.jsonl").read_text().splitlines()[0])
+
+
+def test_columns_that_group_nothing_are_refused(tiny_run, tmp_path):
+    with pytest.raises(DataError, match="--by: the data has no column 'sauce'"):
+        evaluate_target(str(tiny_run), extras=Extras(by=("sauce",)))
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(101)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="--by prompt: it has 101 different values"):
+        evaluate_target(str(tiny_run), data=str(path), extras=Extras(by=("prompt",)))
+
+
+def test_slices_are_the_figures_of_their_pairs_alone():
+    scores, loss = random_scores(12), LossSection()
+    figures = slices(scores, {"all": np.arange(12), "two": np.array([3, 7])}, loss)
+    expected = summarise(scores, random_pairs(12), loss)
+    for name in MEANS:
+        assert figures["all"][name] == pytest.approx(expected[name])
+        assert figures["two"][name] == pytest.approx(summarise(scores.at([3, 7]), random_pairs(2), loss)[name])
+    assert figures["two"]["accuracy_ci95"][1] - figures["two"]["accuracy_ci95"][0] > 0.5

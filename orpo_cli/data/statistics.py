@@ -277,7 +277,8 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     middle = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    return (middle - spread) / scale, (middle + spread) / scale
+    low, high = (middle - spread) / scale, (middle + spread) / scale
+    return max(0.0, min(low, share)), min(1.0, max(high, share))  # rounding would put an end beyond a share of 0 or 1
 
 
 def similarity(first: np.ndarray, second: np.ndarray) -> float:
