@@ -422,7 +422,7 @@ def evaluate_target(
     loss, recipe = model.recipe.loss, model.recipe
     pairs = load_held_out(recipe.data, pair_tokenizer(recipe, model.text), recipe.train)
     listed = pairs.in_source_order()
-    rows = list(pairs.reader.rows_at(pair.index for pair in listed)) if extras != Extras() else []
+    rows = list(pairs.reader.rows_at([pair.index for pair in listed])) if extras != Extras() else []
     texts = [(index, pair) for index, _, pair in rows]
     grouped = {column: grouped_by(column, [row for _, row, _ in rows]) for column in extras.by}
     asked = questions(texts, extras.samples) if extras.wants_answers else []

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -22,7 +22,6 @@ from orpo_cli.data.formats import (
     Drop,
     Format,
     Pair,
-    Row,
     check_filters,
     passes,
     read_pair,
@@ -129,18 +128,15 @@ class PairReader:
                 raise DataError(f"{self.where(index)}: {result.detail}", "correct the row, or set data.strict: false")
             yield index, pair if isinstance(pair, Pair) else None, result
 
-    def rows_at(self, positions: Iterable[int]) -> Iterator[tuple[int, Row, Pair]]:
-        """The usable ones of the rows at these positions, in source order: position, the row as it is, its pair."""
-        wanted = set(positions)
+    def rows_at(self, positions: Collection[int]) -> Iterator[tuple[int, Mapping[str, Any], Pair]]:
+        """The usable ones of some rows of counted sources, in source order: position, the row as it is, its pair."""
         for source in self.sources:
-            for index, row in enumerate(source.rows.rows(), source.start):
-                if not wanted or index - source.start == source.stop_row:
-                    break
-                if index in wanted:
-                    wanted.remove(index)
-                    pair = self._pair(source, row)
-                    if isinstance(pair, Pair) and not isinstance(row, BadRow):
-                        yield index, row, pair
+            assert source.length is not None
+            own = {index for index in positions if source.start <= index < source.start + source.length}
+            for index, row in islice(_numbered(source, source.start, own), len(own)):
+                pair = self._pair(source, row)
+                if isinstance(pair, Pair) and not isinstance(row, BadRow):
+                    yield index, row, pair
 
     def where(self, index: int) -> str:
         """File and row of a position, for messages."""
@@ -159,7 +155,7 @@ class PairReader:
         return with_system(pair, self.section.system) if self.section.system else pair
 
 
-def _numbered(source: Source, first: int, only: Bitmap | None) -> Iterator[tuple[int, Row]]:
+def _numbered(source: Source, first: int, only: Container[int] | Bitmap | None) -> Iterator[tuple[int, Row]]:
     """A source's rows from position `first` on, each with its position; of `only`, those that are in it."""
     if only is None:
         return enumerate(source.rows.rows(first - source.start), first)
