@@ -11,7 +11,7 @@ import pytest
 
 from orpo_cli.errors import InputError
 from orpo_cli.train import checkpoint as module
-from orpo_cli.train.checkpoint import checkpoints, load_checkpoint
+from orpo_cli.train.checkpoint import checkpoints, load_checkpoint, step_of
 from tests.faults.harness import Runs, tally
 
 TRUNCATIONS = 100
@@ -40,7 +40,7 @@ def damages(content: bytes, generator: random.Random) -> Iterator[tuple[str, byt
     """(what was done, the damaged content)"""
     for _ in range(FLIPS):
         yield "bits flipped", flipped(content, generator)
-    for length in {0, len(content) - 1, *(generator.randrange(len(content)) for _ in range(TRUNCATIONS - 2))}:
+    for length in (0, len(content) - 1, *generator.sample(range(1, len(content) - 1), TRUNCATIONS - 2)):
         yield "truncations", content[:length]
 
 
@@ -52,8 +52,8 @@ def test_these_are_all_files_of_a_checkpoint(runs, kind):
 
 @pytest.mark.parametrize(("kind", "name"), EACH_FILE)
 def test_no_tensor_is_read_from_a_damaged_checkpoint(runs, kind, name, tmp_path, monkeypatch):
-    target = tmp_path / "step-000021"
-    shutil.copytree(checkpoints(runs.reference(kind).run / "checkpoints")[-1], target)
+    newest = checkpoints(runs.reference(kind).run / "checkpoints")[-1]
+    target = shutil.copytree(newest, tmp_path / newest.name)
     path = target / name
     monkeypatch.setattr(module, "load_file", lambda file: pytest.fail(f"{file} was read"))
     for done, content in damages(path.read_bytes(), random.Random(name)):
@@ -77,14 +77,15 @@ def damaged_run(runs: Runs, kind: str, name: str, run: Path, generator: random.R
 def test_resume_passes_over_a_damaged_checkpoint_and_says_so(runs, kind, name, tmp_path):
     run = tmp_path / "run"
     newest = damaged_run(runs, kind, name, run, random.Random(kind + name))
+    before = step_of(checkpoints(run / "checkpoints")[-2])
     recipe = runs.recipe(kind, run)
     named = runs.start(recipe, "--resume-from", str(newest))
     assert named.wait() == 2, named.output()
     assert f"error: the checkpoint {newest} is damaged" in named.output()
-    assert "step 21" not in named.output()
+    assert f"step {before + 1}/" not in named.output()
     passed = runs.start(recipe, "--resume")
     assert passed.wait() == 0, passed.output()
     assert f"passed over a damaged checkpoint: {newest.name}" in passed.output()
-    assert "going on after step 20" in passed.output()
+    assert f"going on after step {before}" in passed.output()
     runs.reference(kind).equals(run)
     tally["checkpoints with a wrong bit, passed over by --resume, refused by --resume-from"] += 1
