@@ -53,8 +53,18 @@ def odds_ratio_loss(chosen_logps: Tensor, rejected_logps: Tensor) -> tuple[Tenso
     return -F.logsigmoid(log_odds_ratio), log_odds_ratio
 
 
+def odds_ratio_gradient(chosen_logps: Tensor, rejected_logps: Tensor, log_odds_ratio: Tensor) -> Tensor:
+    """How hard L_OR of each pair (P,) pulls: the sum of |dL_OR / d log-prob| over the tokens of both responses (P,).
+
+    By eqs. 8 to 10 that is delta / (1 - P) of each side, delta = 1 / (1 + odds ratio), however many tokens share it.
+    The same sum of the NLL is 1, whether it is a mean over pairs or tokens, so that the two tell each term's weight.
+    """
+    sides = [-1 / torch.expm1(logps.clamp(max=MAX_LOGP)) for logps in (chosen_logps, rejected_logps)]
+    return torch.sigmoid(-log_odds_ratio) * (sides[0] + sides[1])
+
+
 # What a step reports of its pairs, each summed over them; the order of `pair_metrics`' rows.
-METRICS = ("nll_loss", "or_loss", "log_odds_ratio", "accuracy", "chosen_logps", "rejected_logps")
+METRICS = ("nll_loss", "or_loss", "log_odds_ratio", "accuracy", "chosen_logps", "rejected_logps", "or_gradient")
 
 
 def orpo_loss(
@@ -67,21 +77,16 @@ def orpo_loss(
     totals are those of the whole step over all devices, so that the micro-batches' shares add up to the same loss
     however the step is cut.
 
-    Returns the scalar to differentiate and a detached (6,): METRICS in their order, each likewise a share.
+    Returns the scalar to differentiate and a detached (7,): METRICS in their order, each likewise a share.
     """
     or_losses, log_odds_ratio = odds_ratio_loss(chosen_logps, rejected_logps)
     nll_loss = nll.sum() / nll_total
     or_loss = or_losses.sum() / pairs
-    shares = torch.stack(
-        [
-            nll_loss.detach(),
-            or_loss.detach(),
-            log_odds_ratio.detach().sum() / pairs,
-            (log_odds_ratio.detach() > 0).float().sum() / pairs,
-            chosen_logps.detach().sum() / pairs,
-            rejected_logps.detach().sum() / pairs,
-        ]
+    chosen, rejected, ratio = chosen_logps.detach(), rejected_logps.detach(), log_odds_ratio.detach()
+    of_pairs = torch.stack(
+        [ratio, (ratio > 0).to(ratio.dtype), chosen, rejected, odds_ratio_gradient(chosen, rejected, ratio)]
     )
+    shares = torch.cat([torch.stack([nll_loss.detach(), or_loss.detach()]), of_pairs.sum(1) / pairs])
     # beta 0 is plain SFT: the odds ratio is reported, and nothing of it, not even 0 * inf, reaches the gradient.
     loss = nll_loss + beta * or_loss if beta else nll_loss
     return loss, shares

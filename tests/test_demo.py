@@ -148,7 +148,9 @@ def test_the_whole_way(tmp_path, capsys):
     assert before < 0.75
     assert after >= 0.85
     assert result["accepted"][1] >= result["accepted"][0] + 0.2
-    assert "free answers accepted" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "free answers accepted" in said.out
+    assert "health: nothing amiss" in said.err
     figures = json.loads((tmp_path / "demo" / "run" / "eval.json").read_text())
     assert figures["accuracy"] == after
     assert (tmp_path / "demo" / "run" / "merged" / "model.safetensors").exists()

@@ -9,7 +9,7 @@ import mpmath
 import pytest
 import torch
 
-from orpo_cli.loss import MAX_LOGP, METRICS, log1mexp, log_odds, odds_ratio_loss, orpo_loss
+from orpo_cli.loss import MAX_LOGP, METRICS, log1mexp, log_odds, odds_ratio_gradient, odds_ratio_loss, orpo_loss
 
 LOGPS = [-200.0, -103.0, -88.0, -20.0, -5.0, -1.5, -0.7, -math.log(2), -0.6, -0.1, -1e-2, -1e-4, -1e-6, -2e-7, -1e-7]
 LOGPS_TO_ONE = [*LOGPS, -1e-8, -1e-30, -0.0, 0.0]
@@ -81,6 +81,20 @@ def test_the_gradient_is_the_papers_delta_times_h(chosen, rejected):
     assert l.grad.item() == pytest.approx(float(delta / (1 - p_l)), rel=1e-10, abs=1e-300)
 
 
+@pytest.mark.parametrize("tokens", [(1, 1), (7, 3)])
+def test_the_size_of_the_gradient_is_that_over_the_tokens_of_both_answers(tokens):
+    """The sum of absolute derivatives by autograd; of the NLL, a mean over the chosen answer's tokens, it is 1."""
+    for w, l in itertools.product([-5.0, -0.7, -0.1, -1e-3], repeat=2):  # noqa: E741
+        sides = [torch.full((n,), x, dtype=torch.float64, requires_grad=True) for n, x in zip(tokens, (w, l))]  # noqa: B905
+        means = [side.mean()[None] for side in sides]
+        loss, ratio = odds_ratio_loss(*means)
+        loss.sum().backward()
+        size = sum(side.grad.abs().sum().item() for side in sides)
+        assert odds_ratio_gradient(*[mean.detach() for mean in means], ratio.detach()).item() == pytest.approx(size)
+        [by_nll] = torch.autograd.grad(-sides[0].mean(), sides[0])
+        assert by_nll.abs().sum().item() == pytest.approx(1)
+
+
 def test_gradcheck():
     generator = torch.Generator().manual_seed(0)
     chosen, rejected = (-(torch.rand(2, 6, generator=generator, dtype=torch.float64) * 4 + 0.01)).unbind()
@@ -116,6 +130,8 @@ def test_the_metrics_are_means_over_the_pairs():
     assert metrics["accuracy"] == 0.75
     assert metrics["chosen_logps"] == pytest.approx(-0.9)
     assert metrics["rejected_logps"] == pytest.approx(-1.75)
+    sizes = [(1 / (1 - mpmath.exp(w)) + 1 / (1 - mpmath.exp(l))) / (1 + mpmath.exp(ratio)) for w, l, ratio in exact]  # noqa: E741
+    assert metrics["or_gradient"] == pytest.approx(float(sum(sizes) / 4), rel=1e-6)
     assert loss.item() == pytest.approx(metrics["nll_loss"] + 0.2 * metrics["or_loss"])
 
 

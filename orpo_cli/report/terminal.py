@@ -13,6 +13,7 @@ from rich.text import Text
 
 from orpo_cli import signals
 from orpo_cli.redact import redact
+from orpo_cli.report.health import Health
 
 
 class _Console(Console):
@@ -58,8 +59,10 @@ def print_error(message: str, hint: str | None) -> None:
 class StepDisplay:
     """Progress of the optimizer steps; use as a context manager."""
 
-    def __init__(self, total_steps: int, done: int = 0) -> None:
+    def __init__(self, total_steps: int, done: int = 0, health: Health | None = None) -> None:
+        """`health` is told of every row, and what it finds is said."""
         self.total_steps = total_steps
+        self._health = health
         self._live = console.is_terminal and not _muted
         self._progress = Progress(
             TextColumn("step"),
@@ -90,6 +93,7 @@ class StepDisplay:
             self._progress.update(self._task, completed=row["step"], figures=figures)
         else:
             say(f"step {row['step']}/{self.total_steps}  {figures}  lr {row['learning_rate']:.2e}")
+        self._examine(row)
 
     def evaluated(self, row: Mapping[str, Any]) -> None:
         """Show an evaluation row of `metrics.jsonl`."""
@@ -98,6 +102,21 @@ class StepDisplay:
             f"accuracy {number(row['eval_accuracy'])}  log odds ratio {number(row['eval_log_odds_ratio'])}  "
             f"log-probs chosen {number(row['eval_chosen_logps'])}, rejected {number(row['eval_rejected_logps'])}"
         )
+        self._examine(row)
+
+    def _examine(self, row: Mapping[str, Any]) -> None:
+        for finding in self._health.see(row) if self._health else ():
+            warn(f"step {finding.step}: {finding.what}")
+            say(f"  {finding.advice}")
+
+
+def diagnosis(health: Health) -> Iterator[str]:
+    """What was found of a run's health, as lines."""
+    for finding in health.findings():
+        yield f"health: {finding.what} ({finding.steps})"
+        yield f"  {finding.advice}"
+    if not health.found:
+        yield f"health: {health.nothing_found}"
 
 
 def number(value: float | None) -> str:

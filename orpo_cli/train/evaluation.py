@@ -13,6 +13,7 @@ from orpo_cli.evaluate import Scores, evaluation_row, score_in_parts
 from orpo_cli.model.logprobs import inference
 from orpo_cli.report.terminal import StepDisplay, warn
 from orpo_cli.signals import Noted
+from orpo_cli.train.drift import drift
 from orpo_cli.train.state import Run
 
 
@@ -45,6 +46,7 @@ def evaluate(run: Run, stop: Noted, display: StepDisplay) -> bool:
         row = evaluation_row(scores, recipe.loss, progress.step, run.epoch)
         row |= {"eval_tokens": tokens} | {f"eval_{key}": value for key, value in cost.items()}
         if run.metrics is not None:
+            row |= drift(run)
             run.metrics.write(row)
             display.evaluated(row)
         name = recipe.train.metric_for_best_model

@@ -46,7 +46,7 @@ def train_steps(run: Run) -> None:
     run.saved = progress.step, progress.evaluated
     with (
         noted(STOPPING if processes.is_main else None) as stop,
-        StepDisplay(run.total_steps, progress.step) as display,
+        StepDisplay(run.total_steps, progress.step, run.health) as display,
         Ahead(steps_to_come(run), STEPS_AHEAD, given_up=lambda: stop.number > 0) as steps,
     ):
         conclude_step(run, stop, display)  # of the base, or of the step that a signal ended the run after

@@ -41,8 +41,9 @@ from orpo_cli.model.lora import save_adapter
 from orpo_cli.model.memory import Needs, Plan, checkpoint_layers, choose_plan, device_memory
 from orpo_cli.recipe import Recipe, dump_recipe
 from orpo_cli.redact import redact
+from orpo_cli.report.health import Health
 from orpo_cli.report.metrics import MetricsFile, read_metrics, whole_rows
-from orpo_cli.report.terminal import comparison, first_pair, mute, say, warn
+from orpo_cli.report.terminal import comparison, diagnosis, first_pair, mute, say, warn
 from orpo_cli.run import RunDirectory, check_unchanged, read_manifest
 from orpo_cli.signals import Noted, last_words
 from orpo_cli.train.checkpoint import (
@@ -151,8 +152,13 @@ def train_in(run: RunDirectory, recipe: Recipe, start: Start, processes: Process
         if processes.is_main and recipe.train.sample_prompts
         else None,
         answer=lambda prompts: answers(built.base, text, prompts, system=recipe.data.system),
+        without_adapter=built.model.disable_adapter if isinstance(built.model, PeftModel) else None,
         save=lambda: save(run, recipe, built, optimizer, progress) if processes.is_main else None,
+        health=Health(recipe.loss.beta, total_steps),
     )
+    if loop.metrics is not None:  # on the disk the file is as long now as it was at the checkpoint
+        for row in read_metrics(run.metrics):
+            loop.health.see(row)
     describe_run(loop, built, plan)
     words = "--resume goes on from the newest checkpoint, if there is one"
     with out_of_memory_explained(loop), files_closed(loop), last_words(words):
@@ -505,6 +511,8 @@ def verdict(run: RunDirectory, loop: Run, figures: dict[str, Any]) -> None:
                 f"verdict: {gained:+.1%} accuracy on {figures['pairs']:,} held-out pairs, "
                 f"{'beyond' if clear else 'within'} what chance would explain"
             )
+    for line in diagnosis(loop.health):
+        say(line)
     say()
     if run.merged.exists():
         say("use it:")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.evaluate import Scores
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import Recipe
+from orpo_cli.report.health import Health
 from orpo_cli.report.metrics import MetricsFile
 from orpo_cli.train.distributed import Processes
 from orpo_cli.train.optimizer import Optimizer
@@ -66,7 +68,10 @@ class Run:
     samples: MetricsFile | None
     answer: Callable[[Sequence[str]], list[tuple[str, bool]]]
     """Greedy answers to prompts, and whether each ended by itself."""
+    without_adapter: Callable[[], AbstractContextManager[None]] | None
+    """Turns the adapter off for a while; None where all weights are trained."""
     save: Callable[[], None]
+    health: Health
     saved: tuple[int, int] = (0, -1)
     """`step` and `evaluated` of the newest checkpoint; before there is one, of the start."""
     last_scores: Scores | None = None
