@@ -87,37 +87,36 @@ def test_a_healthy_run_raises_no_alarm(seed, fluent, tmp_path, capsys):
 
 
 ILL = {
-    "both_collapse": {"right": 0.5, "loss": {"beta": 50.0}, "train": {"learning_rate": 0.02}},
-    "odds_ratio_dominant": {"loss": {"beta": 100.0}},
-    "loss_rises": {"train": {"learning_rate": 2.0, "warmup_steps": 59, "max_steps": 60}},
-    "held_out_worsens": {"train": {"learning_rate": 3.0}},
-    "odds_ratio_flat": {"right": 0.5, "base": "strange"},
-    "odds_ratio_negligible": {"right": 0.5, "loss": {"beta": 0.001}},
-    "overfits": {
+    ("both_collapse",): {"right": 0.5, "loss": {"beta": 50.0}, "train": {"learning_rate": 0.02}},
+    ("odds_ratio_dominant",): {"loss": {"beta": 100.0}},
+    ("loss_rises", "held_out_worsens"): {"train": {"learning_rate": 0.6, "warmup_steps": 59, "max_steps": 60}},
+    ("odds_ratio_flat",): {"right": 0.5, "base": "strange"},
+    ("odds_ratio_negligible",): {"right": 0.5, "loss": {"beta": 0.001}},
+    ("overfits",): {
         "count": 16,
         "lora": None,
         "loss": {"beta": 0.5},
-        "train": {"learning_rate": 0.005, "max_steps": 100},
+        "train": {"learning_rate": 0.01, "max_steps": 60},
         "data": {"eval": {"holdout": 8}},
     },
-    "lopsided_start": {"form": True, "base": "strange"},
-    "answers_do_not_end": {"form": True, "base": "strange", "train": {"learning_rate": 1e-6}},
+    ("lopsided_start", "answers_do_not_end"): {"form": True, "base": "strange", "train": {"learning_rate": 1e-6}},
 }
 
 
-@pytest.mark.parametrize("name", ILL)
-def test_an_ill_run_is_told_what_it_has(name, fluent, strange, tmp_path, capsys):
-    changes = dict(ILL[name])
+@pytest.mark.parametrize("names", ILL)
+def test_an_ill_run_is_told_what_it_has(names, fluent, strange, tmp_path, capsys):
+    changes = dict(ILL[names])
     of_pairs = {key: changes.pop(key) for key in ("right", "form") if key in changes}
     pairs = write_pairs(tmp_path / "pairs.jsonl", changes.pop("count", 400), 1, **of_pairs)
     base = strange if changes.pop("base", "") == "strange" else fluent
     health = health_of(run_for(tmp_path, base, pairs, **changes))
-    assert name in health.found, health.found
-    finding = health.found[name]
     said = capsys.readouterr().err
-    assert f"warning: step {finding.step}: " in said  # while it ran
-    assert f"health: {finding.what} ({finding.steps})\n  {finding.advice}\n" in said  # at the end
-    assert any(figure.isdigit() for figure in finding.what)
+    for name in names:
+        assert name in health.found, health.found
+        finding = health.found[name]
+        assert f"warning: step {finding.step}: " in said  # while it ran
+        assert f"health: {finding.what} ({finding.steps})\n  {finding.advice}\n" in said  # at the end
+        assert any(figure.isdigit() for figure in finding.what)
 
 
 def test_a_run_that_unlearns_everything_else_is_told_that_it_forgets(fluent_run):
@@ -129,7 +128,7 @@ def test_a_run_that_unlearns_everything_else_is_told_that_it_forgets(fluent_run)
 
 def test_every_rule_has_a_run_that_is_ill_with_it():
     elsewhere = {"unsteady", "forgets"}
-    assert {rule.__name__ for rule in (*OF_TRAINING, *OF_EVALUATIONS)} == {*ILL, *elsewhere}
+    assert {rule.__name__ for rule in (*OF_TRAINING, *OF_EVALUATIONS)} == elsewhere.union(*ILL)
 
 
 # ---- rows ----
