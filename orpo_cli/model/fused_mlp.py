@@ -6,6 +6,7 @@ anyway, for the price of one elementwise pass. (The product, a third or fourth o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -33,26 +34,22 @@ def gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> T
 
 
 def _is_gated(module: nn.Module) -> bool:
-    """Whether the module computes what `_forward` does: the same operations, so on a small input the same bits."""
+    """Whether the module computes what `_forward` does: the same operations, so on a small input the same bits.
+
+    Its projections, adapters or not, are called by either; tried are narrow ones in their place, so that a model
+    without weights can be asked too.
+    """
     if not all(isinstance(getattr(module, part, None), nn.Module) for part in _PARTS):
         return False
-    # What an adapter's dropout draws is drawn again.
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        trial: Any = copy.copy(module)
+        trial._modules = {**module._modules, **{part: nn.Linear(8, 8, device="cpu") for part in _PARTS[:3]}}
+        x = torch.linspace(-1, 1, 16, dtype=trial.gate_proj.weight.dtype).view(1, 2, 8)
         try:
-            x = _small_input(module.gate_proj)
-            torch.manual_seed(0)
-            expected = module(x)
-            torch.manual_seed(0)
-            return torch.equal(expected, _forward(module, x))
+            return torch.equal(trial(x), _forward(trial, x))
         except Exception:  # an MLP that wants more than hidden states is not ours to replace
             return False
-
-
-def _small_input(layer: Any) -> Tensor:
-    """(1, 2, inputs), of the dtype in which the layer computes; a packed weight does not tell that."""
-    weight = next(layer.parameters())
-    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-    return torch.linspace(-1, 1, 2 * layer.in_features, dtype=dtype).view(1, 2, -1).to(weight.device)
 
 
 def _forward(module: Any, x: Tensor) -> Tensor:

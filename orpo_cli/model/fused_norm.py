@@ -44,11 +44,12 @@ def _offset(module: nn.Module) -> float | None:
         return None
     # A small input, so that eps binds; unequal weights, at which an offset shows, and what they are multiplied with.
     generator = torch.Generator().manual_seed(0)
-    x = 1e-3 * torch.randn(4, len(weight), generator=generator).to(weight)
+    x = 1e-3 * torch.randn(4, len(weight), generator=generator).to(weight.dtype)
     tolerance = 4 * torch.finfo(weight.dtype).eps
     with torch.no_grad():
         try:
             trial: Any = copy.deepcopy(module)
+            trial = trial.to_empty(device="cpu") if weight.is_meta else trial.cpu()
             weight = trial.weight.copy_(0.5 + torch.rand(len(weight), generator=generator))
             expected = trial(x)
         except Exception:  # a norm that wants more than hidden states is not ours to replace

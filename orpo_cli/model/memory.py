@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 import os
+import resource
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -40,6 +42,8 @@ GIB = 2**30
 FAST_TOKENS = {"cpu": (1024, 128), "cuda": (16384, 512), "mps": (4096, 256)}
 # Tokens of a side of the pairs that are tried; what longer ones keep follows from these two.
 _TRIED_LENGTHS = (512, 1024)
+# Bytes that a process on a CPU takes beside all that is counted here, from its first step on. Measured.
+_FIRST_STEPS = GIB // 8
 
 
 @dataclass(frozen=True)
@@ -225,7 +229,7 @@ def measure_activations(logprobs: PairLogprobs, max_length: int) -> Activations:
 def _kept_of_a_pair(logprobs: PairLogprobs, length: int) -> Activations:
     model = logprobs.model
     layers = checkpointable_layers(model)
-    batch = flat_batch([_pair(length, model.config.get_text_config().vocab_size)], "all").to(model.device)
+    batch = flat_batch([made_up_pair(length, model.config.get_text_config().vocab_size)], "all").to(model.device)
     # What is there anyway, then whatever has been counted. The references keep no memory, but keep a later storage from
     # being taken for an earlier one.
     tensors = [*model.parameters(), *model.buffers(), *_of_quantisation(model)]
@@ -266,11 +270,11 @@ def _kept_of_a_pair(logprobs: PairLogprobs, length: int) -> Activations:
     return Activations(of_layers, inputs / tokens, outside, max(of_layers, default=outside / depth))
 
 
-def _pair(length: int, vocabulary: int) -> TokenizedPair:
-    """A pair of fixed pseudo-random tokens whose sides have `length` each and share the first."""
+def made_up_pair(length: int, vocabulary: int) -> TokenizedPair:
+    """A pair of fixed pseudo-random tokens whose sides have `length` each and share the first: none takes more."""
     ids = np.arange(2 * length, dtype=np.int64) * 7919 % (vocabulary - 1) + 1
     sides = ids[:length], np.concatenate([ids[:1], ids[length + 1 :]])
-    return TokenizedPair(0, *sides, 1, 1, None)
+    return TokenizedPair(0, *sides, 1, 1, np.ones(length, dtype=bool))
 
 
 def _wants_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -314,6 +318,29 @@ def _not_checkpointed(layers: Sequence[GradientCheckpointingLayer]) -> Iterator[
 
 
 # ---- what the device has ----
+
+
+def process_memory(device: torch.device) -> int:
+    """Bytes that the process takes for Python, libraries and data, told before a model is there; 0 but on a CPU.
+
+    What it holds now, and what its first steps bring in: more of the libraries' code, kernels made for the shapes at
+    hand, room lost between blocks.
+    """
+    if device.type != "cpu":
+        return 0
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") + _FIRST_STEPS
+    except OSError:  # not Linux: the most that it has held so far
+        return peak_memory(device) + _FIRST_STEPS
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes used so far: of the device's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
 
 
 def device_memory(device: torch.device) -> int:
@@ -361,6 +388,13 @@ class Plan:
     layers: int
     memory: Memory
     available: int
+    process: int = 0
+    """Bytes of the process beside the model, as process_memory says; `available` leaves room for them."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the run's metrics will show as its peak: on a CPU those of the whole process."""
+        return self.memory.total + self.process
 
     @property
     def fits(self) -> bool:
@@ -371,14 +405,15 @@ class Plan:
         """What the manifest says of it: bytes by part."""
         return {
             "checkpointed_layers": self.checkpointed_layers,
-            "estimated_bytes": {**asdict(self.memory), "total": self.memory.total},
+            "estimated_bytes": {**asdict(self.memory), "process": self.process, "total": self.peak},
             "available_bytes": self.available,
         }
 
     def __str__(self) -> str:
+        process = f", and {self.process / GIB:.2f} for Python, libraries and data" if self.process else ""
         return (
             f"{self.max_tokens:,} tokens at once, {self.checkpointed_layers} of {self.layers} layers checkpointed; "
-            f"{self.memory.total / GIB:.2f} GiB estimated, {self.available / GIB:.2f} available"
+            f"{self.memory.total / GIB:.2f} GiB estimated of {self.available / GIB:.2f} available{process}"
         )
 
 

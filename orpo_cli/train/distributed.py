@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import resource
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from orpo_cli.errors import RunError, is_out_of_memory
+from orpo_cli.model.memory import GIB, peak_memory
 
 T = TypeVar("T")
 
@@ -80,7 +79,7 @@ class Processes:
         return {
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "peak_memory_gib": peak_memory_gib(self.device),
+            "peak_memory_gib": peak_memory(self.device) / GIB,
         }
 
     def wait(self) -> None:
@@ -93,14 +92,6 @@ class Processes:
         """Leave the process group."""
         if self.count > 1:
             dist.destroy_process_group()
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory used so far: of the device's allocator, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 @contextmanager
@@ -136,3 +127,14 @@ def seed_everything(*key: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def random_states_kept(device: torch.device) -> Iterator[None]:
+    """Whatever draws or seeds within it, every random state is afterwards as it was before."""
+    python, numpy = random.getstate(), np.random.get_state()
+    on_device = device.type != "cpu"
+    with torch.random.fork_rng([device] if on_device else [], device_type=device.type if on_device else "cuda"):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)

@@ -38,7 +38,7 @@ from orpo_cli.model.build import (
 )
 from orpo_cli.model.load import base_content, base_revision
 from orpo_cli.model.lora import save_adapter
-from orpo_cli.model.memory import Needs, Plan, checkpoint_layers, choose_plan, device_memory
+from orpo_cli.model.memory import Needs, Plan, checkpoint_layers, choose_plan, device_memory, process_memory
 from orpo_cli.recipe import Recipe, dump_recipe
 from orpo_cli.redact import redact
 from orpo_cli.report.health import Health
@@ -59,6 +59,7 @@ from orpo_cli.train.distributed import Processes, seed_everything
 from orpo_cli.train.evaluation import score_together
 from orpo_cli.train.loop import train_steps
 from orpo_cli.train.optimizer import Optimizer, check_optimizer
+from orpo_cli.train.rehearsal import longest_pairs, rehearse
 from orpo_cli.train.state import Progress, Run
 
 
@@ -110,6 +111,7 @@ def train_in(run: RunDirectory, recipe: Recipe, start: Start, processes: Process
         record["resumed"] = resumptions(run, recipe, checkpoint, record, allow=start.allow_changes)
 
     seed_everything(recipe.train.seed)
+    beside = process_memory(processes.device)
     built = build_for_training(recipe, text, processes.device)
     optimizer = Optimizer(built.model.named_parameters(), recipe.train)
     progress, total_steps = Progress(), train_set.total_steps(recipe.train)
@@ -120,7 +122,8 @@ def train_in(run: RunDirectory, recipe: Recipe, start: Start, processes: Process
                 f"{checkpoint} lies behind the recipe's {total_steps:,} steps",
                 "raise train.max_steps or num_train_epochs, or name an earlier one with --resume-from",
             )
-    plan = plan_memory(recipe, built, progress, processes)
+    available = -processes.largest(-device_memory(processes.device))  # the smallest of all processes' devices
+    plan = dataclasses.replace(plan_memory(recipe, built, progress, train_set, available), process=beside)
     progress.max_tokens, progress.checkpointed_layers = plan.max_tokens, plan.checkpointed_layers
     checkpoint_layers(built.base, plan.checkpointed_layers)
     record |= of_model(record, built, plan)
@@ -162,6 +165,7 @@ def train_in(run: RunDirectory, recipe: Recipe, start: Start, processes: Process
     describe_run(loop, built, plan)
     words = "--resume goes on from the newest checkpoint, if there is one"
     with out_of_memory_explained(loop), files_closed(loop), last_words(words):
+        rehearse(loop)
         train_steps(loop)
         if loop.held_out and loop.last_scores is None:  # resumed after its last step
             loop.last_scores = score_together(loop, Noted())
@@ -196,10 +200,12 @@ def out_of_memory_explained(run: Run) -> Iterator[None]:
         ) from error
 
 
-def plan_memory(recipe: Recipe, built: Built, progress: Progress, processes: Processes) -> Plan:
+def plan_memory(recipe: Recipe, built: Built, progress: Progress, train_set: PairSet, available: int) -> Plan:
     """How the run uses its device: as the recipe says; for `auto` as the run has gone so far, else as it fits."""
     budget, checkpointing = recipe.train.max_tokens_per_microbatch, recipe.model.gradient_checkpointing
-    needs = Needs.of(built.logprobs, recipe.data.max_length, recipe.train.optimizer)
+    longest = longest_pairs(built.logprobs, train_set, recipe.data.max_length)[0]
+    side = max(len(longest.chosen_ids), len(longest.rejected_ids))
+    needs = Needs.of(built.logprobs, side, recipe.train.optimizer)
     layers = progress.checkpointed_layers if checkpointing == "auto" else needs.layers if checkpointing else 0
     if checkpointing is True and not needs.layers:
         raise ModelError(
@@ -208,9 +214,9 @@ def plan_memory(recipe: Recipe, built: Built, progress: Progress, processes: Pro
         )
     return choose_plan(
         needs,
-        processes.device,
-        -processes.largest(-device_memory(processes.device)),  # the smallest of all processes' devices
-        longest_pair=2 * recipe.data.max_length,
+        built.logprobs.model.device,
+        available,
+        longest_pair=built.logprobs.tokens(longest),
         pairs=recipe.train.batch_size,
         # Forward and backward take the same time, the weights' gradients as much again.
         recomputed=1 / 3 if recipe.lora is None else 1 / 2,

@@ -94,7 +94,7 @@ def test_the_estimate_is_what_a_step_allocates(dtype, lora, shares_prefix, optim
     engine = PairLogprobs(base, shares_prefix)
     needs = Needs.of(engine, LENGTH, optimizer)
     checkpoint_layers(base, checkpointed)
-    batch = flat_batch([memory._pair(LENGTH, 2000)] * PAIRS, "response")
+    batch = flat_batch([memory.made_up_pair(LENGTH, 2000)] * PAIRS, "response")
     steps = Optimizer(model.named_parameters(), TrainSection(optimizer=optimizer))
 
     def step() -> None:
@@ -117,7 +117,7 @@ def test_what_is_kept_is_counted_to_the_byte():
     """Against a pass that keeps it all, and looks afterwards at what is there."""
     model = llama(torch.float32)
     engine = PairLogprobs(model, shares_prefix=True)
-    batch = flat_batch([memory._pair(LENGTH, 2000)], "response")
+    batch = flat_batch([memory.made_up_pair(LENGTH, 2000)], "response")
     own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):

@@ -231,20 +231,20 @@ def test_little_memory_means_checkpointed_layers_and_the_same_numbers(tiny_recip
     train(load_recipe(tiny_recipe(output={"dir": str(tmp_path / "tight")})))
     manifest = json.loads((tmp_path / "tight/manifest.json").read_text())
     assert manifest["memory"]["checkpointed_layers"] > 0
-    assert manifest["max_tokens_per_microbatch"] == 256  # the longest pair
+    assert manifest["max_tokens_per_microbatch"] == 82  # the longest pair
     torch.testing.assert_close(losses(tmp_path / "tight"), losses(tmp_path / "roomy"), rtol=2e-5, atol=0)
     # What a run has begun with stays, whatever the device would be given today.
     monkeypatch.undo()
     (tmp_path / "tight/eval.json").unlink()
     train(load_recipe(tiny_recipe(output={"dir": str(tmp_path / "tight")})), Start(resume=True))
-    assert json.loads((tmp_path / "tight/manifest.json").read_text())["max_tokens_per_microbatch"] == 256
+    assert json.loads((tmp_path / "tight/manifest.json").read_text())["max_tokens_per_microbatch"] == 82
 
 
 def test_a_plan_that_does_not_fit_says_what_would_help(tiny_recipe, monkeypatch, capfd):
     monkeypatch.setattr("orpo_cli.train.run.device_memory", lambda device: 1000)
     train(load_recipe(tiny_recipe(lora=None, model={"gradient_checkpointing": False}, train={"max_steps": 2})))
     told = capfd.readouterr().err
-    assert "256 tokens at once, 0 of 2 layers checkpointed" in told
+    assert "82 tokens at once, 0 of 2 layers checkpointed" in told
     assert "model.gradient_checkpointing: auto, train.optimizer: adamw_8bit, an adapter" in told
     assert told.index("memory:") < told.index("step 1/2")
 

@@ -1,0 +1,63 @@
+"""The longest micro-batches, computed once before the first step: memory runs out then, or not at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from orpo_cli.data.dataset import PairSet
+from orpo_cli.data.order import Position
+from orpo_cli.data.tokenize import TokenizedPair
+from orpo_cli.model.logprobs import PairLogprobs
+from orpo_cli.model.memory import fixed_memory, made_up_pair
+from orpo_cli.signals import Noted
+from orpo_cli.train.distributed import random_states_kept
+from orpo_cli.train.evaluation import score_together
+from orpo_cli.train.loop import cut, gradients_within_memory
+from orpo_cli.train.state import Run
+
+
+def rehearse(run: Run) -> None:
+    """Compute the micro-batches that take the most, of training and of evaluation, and forget what came of it.
+
+    Where memory runs out, `auto` halves its token budget as in a step. Besides, nothing changes: no weight, no random
+    state, no metric. Every process computes the same pairs. What the optimizer will hold from its first step on is set
+    aside meanwhile.
+    """
+    if run.progress.step == run.total_steps:
+        return
+    recipe, count, device = run.recipe, run.processes.count, run.processes.device
+    with random_states_kept(device):
+        of_process = math.ceil(recipe.train.batch_size / count)
+        longest = longest_pairs(run.logprobs, run.train_set, recipe.data.max_length, of_process)
+        pairs = largest_micro_batches(run, longest)
+        run.optimizer.gradients()
+        moments = 0 if run.optimizer.adamw.state else fixed_memory(run.logprobs.model, recipe.train.optimizer).optimizer
+        room = torch.empty(moments, dtype=torch.uint8, device=device)
+        # Each process's share of `count` copies is one of each pair.
+        step = run.progress.step + 1
+        gradients_within_memory(run, step, cut(run, [pair for pair in pairs for _ in range(count)], Position()))
+        run.optimizer.zero_grad()
+        if run.held_out:
+            longest = sorted(run.held_out, key=run.logprobs.tokens, reverse=True)
+            evaluation = replace(run, held_out=[p for p in largest_micro_batches(run, longest) for _ in range(count)])
+            score_together(evaluation, Noted())
+            run.max_tokens = evaluation.max_tokens
+        del room
+
+
+def longest_pairs(logprobs: PairLogprobs, pairs: PairSet, max_length: int, count: int = 1) -> list[TokenizedPair]:
+    """The `count` pairs of a set with the most tokens, or all; of a stream, whose pairs nobody knows yet, made up."""
+    if pairs.held is not None:
+        return sorted(pairs.held.values(), key=logprobs.tokens, reverse=True)[:count]
+    return [made_up_pair(max_length, logprobs.model.config.get_text_config().vocab_size)] * count
+
+
+def largest_micro_batches(run: Run, longest: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+    """Of the longest pairs, those in the micro-batch with the longest, and those in the one with most tokens."""
+    parts = run.logprobs.micro_batches(longest, run.max_tokens)
+    fullest = max(parts, key=lambda part: run.logprobs.tokens(*part))
+    return parts[0] if fullest is parts[0] else parts[0] + fullest
