@@ -140,6 +140,32 @@ def data(
 
 
 @app.command(rich_help_panel=TRAIN)
+def check(
+    recipe: RecipeFile,
+    set_: Set = None,
+    output_dir: OutputDir = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Load the model too, and time a few steps.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+) -> None:
+    """What a recipe comes to, with no weights loaded: every key, data, steps, memory by part, disk."""
+    from orpo_cli.recipe import dump_recipe, load_recipe
+
+    resolved = load_recipe(recipe, _overrides(set_, output_dir))
+    if not as_json:
+        typer.echo(dump_recipe(resolved), nl=False)
+    from orpo_cli import plan
+    from orpo_cli.files import to_json
+
+    figures = plan.check(resolved, probe=probe)
+    if as_json:
+        typer.echo(to_json({"recipe": resolved.model_dump(mode="json"), **figures}), nl=False)
+    else:  # as comments, so that what is printed is a recipe still
+        for line in plan.lines(resolved, figures):
+            typer.echo(f"# {line}")
+    plan.require_fit(figures)
+
+
+@app.command(rich_help_panel=TRAIN)
 def train(
     recipe: RecipeFile,
     set_: Set = None,

@@ -58,3 +58,8 @@ def _unseen(sliding_window: int | None, dtype: torch.dtype) -> Tensor:
     if sliding_window is not None:
         seen.triu_(1 - sliding_window)
     return torch.zeros(FOLDED_KEYS, FOLDED_KEYS, dtype=dtype).masked_fill_(~seen, float("-inf"))
+
+
+def forget() -> None:
+    """Give up the masks that were made."""
+    _unseen.cache_clear()

@@ -108,6 +108,16 @@ def base_content(section: ModelSection) -> str | None:
     return digest.hexdigest()[:16]
 
 
+def checked_config(section: ModelSection) -> PreTrainedConfig:
+    """The configuration that a model is built from, its dropout switched off if the recipe says so."""
+    config = load_config(section)
+    if config.is_encoder_decoder:
+        raise ModelError(f"{section.name_or_path} is an encoder-decoder", "orpo trains causal language models")
+    if section.disable_dropout:
+        disable_dropout(config)
+    return config
+
+
 def compute_dtype(section: ModelSection, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
     """The dtype the model computes in. `auto`: float32 if its weights are stored so, else bfloat16.
 
@@ -125,12 +135,8 @@ def compute_dtype(section: ModelSection, config: PreTrainedConfig, device: torch
 
 def load_model(section: ModelSection, device: torch.device, *, quantise: bool = True) -> PreTrainedModel:
     """The base model on `device`, in its compute dtype, 4- or 8-bit if the recipe says so and `quantise` is left on."""
-    config = load_config(section)
-    if config.is_encoder_decoder:
-        raise ModelError(f"{section.name_or_path} is an encoder-decoder", "orpo trains causal language models")
+    config = checked_config(section)
     dtype = compute_dtype(section, config, device)
-    if section.disable_dropout:
-        disable_dropout(config)
     arguments: dict[str, Any] = {}
     if section.attn_implementation != "auto":
         arguments["attn_implementation"] = section.attn_implementation

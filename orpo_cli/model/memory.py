@@ -43,7 +43,7 @@ FAST_TOKENS = {"cpu": (1024, 128), "cuda": (16384, 512), "mps": (4096, 256)}
 # Tokens of a side of the pairs that are tried; what longer ones keep follows from these two.
 _TRIED_LENGTHS = (512, 1024)
 # Bytes that a process on a CPU takes beside all that is counted here, from its first step on. Measured.
-_FIRST_STEPS = GIB // 8
+_FIRST_STEPS = GIB // 4
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,14 @@ class Needs:
     """Bytes that the head takes for a moment, however many rows go through it."""
     head_row: int
     """Bytes that each of these takes besides."""
+    longest_pair: int = 0
+    """Tokens of the longest pair, where it is known."""
 
     @classmethod
-    def of(cls, logprobs: PairLogprobs, max_length: int, optimizer: str | None) -> Needs:
+    def of(cls, logprobs: PairLogprobs, max_length: int, optimizer: str | None, *, longest_pair: int = 0) -> Needs:
         """Those of a model with pairs of `max_length` tokens a side; without an optimizer nothing of it is trained."""
         activations = measure_activations(logprobs, max_length)
-        return cls(fixed_memory(logprobs.model, optimizer), activations, *_head_memory(logprobs))
+        return cls(fixed_memory(logprobs.model, optimizer), activations, *_head_memory(logprobs), longest_pair)
 
     @property
     def layers(self) -> int:

@@ -141,10 +141,8 @@ def why_not_shared(model: PreTrainedModel, *, ragged: bool = True) -> str | None
     """
     text = model.config.get_text_config()
     kinds = getattr(text, "layer_types", None) or []
-    if unknown := set(kinds) - {"full_attention", "sliding_attention", "attention"}:
-        return f"it has {', '.join(sorted(unknown))} layers"
-    if length_dependent_beyond(model.config) is not None:
-        return "its rotary frequencies depend on the longest sequence of a batch"
+    if (fault := _why_not_by_configuration(model)) is not None:
+        return fault
     # A model without layer types has one window for all layers, or none.
     one_for_all = not kinds and getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
     promised = text.num_hidden_layers if one_for_all else kinds.count("sliding_attention")
@@ -171,6 +169,30 @@ def why_not_shared(model: PreTrainedModel, *, ragged: bool = True) -> str | None
         if apart <= floor + 3 * own:
             return None
     return f"its log-probs differ by {apart:.2g} from the stock forward's, which vary by {own:.2g} by themselves"
+
+
+def why_not_flat(model: PreTrainedModel) -> str | None:
+    """Of why_not_shared what can be told of a model without weights: by its configuration, and whether it runs."""
+    if (fault := _why_not_by_configuration(model)) is not None:
+        return fault
+    windows: list[int | None] = []
+    with inference(model), torch.no_grad():
+        try:
+            _shared(model, probe_batch(model), False, windows)
+        except Exception as error:  # as in why_not_shared
+            return f"its forward pass does not take a flat row ({type(error).__name__})"
+    layers = model.config.get_text_config().num_hidden_layers
+    return None if len(windows) == layers else f"{len(windows)} of its {layers} layers attend through transformers"
+
+
+def _why_not_by_configuration(model: PreTrainedModel) -> str | None:
+    """Layers that cannot share prefixes, or frequencies that depend on what is computed beside."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    if unknown := set(kinds) - {"full_attention", "sliding_attention", "attention"}:
+        return f"it has {', '.join(sorted(unknown))} layers"
+    if length_dependent_beyond(model.config) is not None:
+        return "its rotary frequencies depend on the longest sequence of a batch"
+    return None
 
 
 def _shared(model: PreTrainedModel, batch: FlatBatch, ragged: bool, windows: list[int | None]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import shlex
 from collections.abc import Iterator
@@ -123,7 +124,8 @@ def train_in(run: RunDirectory, recipe: Recipe, start: Start, processes: Process
                 "raise train.max_steps or num_train_epochs, or name an earlier one with --resume-from",
             )
     available = -processes.largest(-device_memory(processes.device))  # the smallest of all processes' devices
-    plan = dataclasses.replace(plan_memory(recipe, built, progress, train_set, available), process=beside)
+    needs = needs_of(recipe, built, train_set)
+    plan = dataclasses.replace(plan_memory(recipe, needs, progress, processes.device, available), process=beside)
     progress.max_tokens, progress.checkpointed_layers = plan.max_tokens, plan.checkpointed_layers
     checkpoint_layers(built.base, plan.checkpointed_layers)
     record |= of_model(record, built, plan)
@@ -200,12 +202,16 @@ def out_of_memory_explained(run: Run) -> Iterator[None]:
         ) from error
 
 
-def plan_memory(recipe: Recipe, built: Built, progress: Progress, train_set: PairSet, available: int) -> Plan:
-    """How the run uses its device: as the recipe says; for `auto` as the run has gone so far, else as it fits."""
-    budget, checkpointing = recipe.train.max_tokens_per_microbatch, recipe.model.gradient_checkpointing
+def needs_of(recipe: Recipe, built: Built, train_set: PairSet) -> Needs:
+    """What training takes with pairs as long as the set's longest."""
     longest = longest_pairs(built.logprobs, train_set, recipe.data.max_length)[0]
     side = max(len(longest.chosen_ids), len(longest.rejected_ids))
-    needs = Needs.of(built.logprobs, side, recipe.train.optimizer)
+    return Needs.of(built.logprobs, side, recipe.train.optimizer, longest_pair=built.logprobs.tokens(longest))
+
+
+def plan_memory(recipe: Recipe, needs: Needs, progress: Progress, device: torch.device, available: int) -> Plan:
+    """How the run uses its device: as the recipe says; for `auto` as the run has gone so far, else as it fits."""
+    budget, checkpointing = recipe.train.max_tokens_per_microbatch, recipe.model.gradient_checkpointing
     layers = progress.checkpointed_layers if checkpointing == "auto" else needs.layers if checkpointing else 0
     if checkpointing is True and not needs.layers:
         raise ModelError(
@@ -214,9 +220,9 @@ def plan_memory(recipe: Recipe, built: Built, progress: Progress, train_set: Pai
         )
     return choose_plan(
         needs,
-        built.logprobs.model.device,
+        device,
         available,
-        longest_pair=built.logprobs.tokens(longest),
+        longest_pair=needs.longest_pair,
         pairs=recipe.train.batch_size,
         # Forward and backward take the same time, the weights' gradients as much again.
         recomputed=1 / 3 if recipe.lora is None else 1 / 2,
@@ -279,24 +285,33 @@ def describe_run(run: Run, built: Built, plan: Plan) -> None:
     )
     say(f"memory: {plan}")
     if not plan.fits:
-        warn(f"this is more than the device has, by estimate; what would help: {', '.join(savings(recipe, plan))}")
+        warn(f"this is more than the device has, by estimate; what would help: {in_words(savings(recipe))}")
     if run.progress.step:
         say(f"going on after step {run.progress.step}")
 
 
-def savings(recipe: Recipe, plan: Plan) -> Iterator[str]:
-    """What a recipe may say to need less memory, the cheapest first."""
-    if plan.max_tokens > 2 * recipe.data.max_length:
-        yield "train.max_tokens_per_microbatch: auto"
+def savings(recipe: Recipe) -> dict[str, Any]:
+    """Keys and values that need less memory than the recipe's, the cheapest first."""
+    found: dict[str, Any] = {}
+    if recipe.train.max_tokens_per_microbatch != "auto":
+        found["train.max_tokens_per_microbatch"] = "auto"
     if recipe.model.gradient_checkpointing is False:
-        yield "model.gradient_checkpointing: auto"
+        found["model.gradient_checkpointing"] = "auto"
     if recipe.lora is None:
         if recipe.train.optimizer == "adamw":
-            yield "train.optimizer: adamw_8bit"
-        yield "an adapter instead of all weights (without lora: null)"
-    elif not (recipe.model.load_in_4bit or recipe.model.load_in_8bit):
-        yield "model.load_in_4bit: true"
-    yield "a lower data.max_length"
+            found["train.optimizer"] = "adamw_8bit"
+        found["lora"] = {}
+    if not (recipe.model.load_in_4bit or recipe.model.load_in_8bit):
+        found["model.load_in_4bit"] = True
+    return found | {"data.max_length": recipe.data.max_length // 2}
+
+
+def in_words(changes: dict[str, Any]) -> str:
+    """Changes as a person would write them into a recipe."""
+    return ", ".join(
+        "an adapter instead of all weights (without lora: null)" if key == "lora" else f"{key}: {json.dumps(value)}"
+        for key, value in changes.items()
+    ).replace('"', "")
 
 
 def facts(

@@ -1,0 +1,113 @@
+"""`orpo check` against runs: what it says comes true."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from orpo_cli.data.batches import flat_tokens
+from orpo_cli.data.dataset import load_pairs
+from orpo_cli.model.build import load_text_side, pair_tokenizer
+from orpo_cli.recipe import load_recipe
+from orpo_cli.train.run import train
+
+
+def checked(orpo, recipe, *arguments) -> dict:
+    code, out, err = orpo("check", recipe, "--json", *arguments)
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_what_is_said_is_what_the_run_does(tiny_recipe, tmp_path, orpo):
+    recipe = tiny_recipe()
+    said = checked(orpo, recipe)
+    assert not (tmp_path / "run").exists()
+    resolved = load_recipe(recipe)
+    train(resolved)
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    estimated = manifest["memory"]["estimated_bytes"]
+    for part, size in said["memory"]["training"].items():
+        if part not in ("process", "total"):  # of another process
+            assert estimated[part] == size, part
+    assert said["max_tokens_per_microbatch"] == manifest["max_tokens_per_microbatch"]
+    assert said["memory"]["available"] == manifest["memory"]["available_bytes"]
+    assert said["data"]["train"]["pairs"] == manifest["data"]["train"]["pairs"] == 56
+    assert said["steps"] == 4
+
+    pairs, _ = load_pairs(resolved.data, pair_tokenizer(resolved, load_text_side(resolved)), resolved.train)
+    tokens = [flat_tokens(pair) for pair in pairs.in_source_order()]
+    assert (said["data"]["train"]["tokens"], said["data"]["train"]["longest_pair"]) == (sum(tokens), max(tokens))
+    assert said["tokens"] == round(32 * sum(tokens) / 56)
+
+    adapter = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    assert said["model"]["trained"] == sum(tensor.numel() for tensor in adapter.values())
+    written = sum(p.stat().st_size for p in (tmp_path / "run/checkpoints").rglob("*.safetensors"))
+    assert 0.8 * said["disk"]["checkpoints"] * 2 / 3 < written  # two of the three that there may be
+    results = sum(p.stat().st_size for name in ("adapter", "merged") for p in (tmp_path / "run" / name).glob("*.saf*"))
+    assert said["disk"]["results"] == pytest.approx(results, rel=0.1)
+
+
+def test_the_text_is_the_resolved_recipe_and_the_plan_as_comments(tiny_recipe, orpo, tmp_path):
+    code, out, _ = orpo("check", tiny_recipe(), "--set", "loss.beta=0.3")
+    assert code == 0
+    (tmp_path / "again.yaml").write_text(out)
+    assert load_recipe(tmp_path / "again.yaml") == load_recipe(tiny_recipe(), ["loss.beta=0.3"])
+    comments = [line for line in out.splitlines() if line.startswith("# ")]
+    heads = ["model", "training data", "held-out data", "steps", "memory, training", "memory, evaluation", "disk"]
+    for head in heads:
+        assert any(line.startswith(f"# {head}: ") for line in comments), head
+
+
+def test_every_fault_of_the_recipe_is_told_at_once(tiny_recipe, orpo):
+    recipe = tiny_recipe(loss={"betta": 1}, train={"batch_size": 0})
+    code, out, err = orpo("check", recipe)
+    assert (code, out) == (2, "")
+    assert "loss.betta" in err
+    assert "train.batch_size" in err
+
+
+def test_what_does_not_fit_is_refused_with_what_would(tiny_recipe, orpo, monkeypatch):
+    recipe = tiny_recipe(lora=None, train={"max_tokens_per_microbatch": 600}, model={"gradient_checkpointing": False})
+    needed = checked(orpo, recipe)["memory"]["training"]
+    little = needed["total"] - needed["process"] - needed["activations"] // 8
+    monkeypatch.setattr("orpo_cli.plan.device_memory", lambda device: little)
+    code, out, err = orpo("check", recipe, "--json")
+    assert code == 1
+    said = json.loads(out)
+    assert not said["fits"]
+    assert "error: does not fit" in err
+    assert said["would_fit"] == {"train.max_tokens_per_microbatch": "auto"}
+    # And it does.
+    overrides = [f"--set={key}={json.dumps(value)}" for key, value in said["would_fit"].items()]
+    assert checked(orpo, recipe, *overrides)["fits"]
+
+    monkeypatch.setattr("orpo_cli.plan.device_memory", lambda device: 1000)
+    code, out, err = orpo("check", recipe, "--json")
+    assert (code, json.loads(out)["would_fit"]) == (1, None)
+    assert "larger device" in err
+
+
+def test_time_is_told_on_demand_and_no_weight_is_read_otherwise(tiny_recipe, tiny_base, tmp_path, orpo):
+    recipe = tiny_recipe()
+    took = checked(orpo, recipe, "--probe")["time"]
+    assert took["run"] == pytest.approx(4 * took["step"] + 2 * took["evaluation"])
+    assert min(took.values()) > 0
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in tiny_base.iterdir():
+        if file.suffix != ".safetensors":
+            (bare / file.name).write_bytes(file.read_bytes())
+    assert "time" not in checked(orpo, recipe, "--set", f"model.name_or_path={bare}")
+
+
+def test_a_stream_is_not_counted(tiny_recipe, orpo):
+    said = checked(orpo, tiny_recipe(data={"streaming": True, "eval": None}))
+    assert said["data"] == {"train": {**said["data"]["train"], "pairs": None, "tokens": None, "longest_pair": None}}
+    assert said["tokens"] is None
+    assert said["memory"]["evaluation"] is None
+    assert torch.get_default_device().type == "cpu"
+    assert yaml.safe_load(json.dumps(said["recipe"]))["data"]["streaming"] is True
