@@ -5,6 +5,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 DIR ?= demo
 # Of the model that benchmarks work on.
 LAYERS ?= 8
+# The small base and pairs of claims.py; without them those that `orpo demo` makes.
+STUDY = $(if $(and $(SMALL),$(PAIRS)),--model $(SMALL) --data $(PAIRS))
 BENCH = --data $(DATA) --tokenizer $(TOKENIZER) --layers $(LAYERS)
 PEERS := $(strip $(if $(TRL),--trl $(TRL)) $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY)))
 BIN := .venv/bin
@@ -41,7 +43,8 @@ lint: $(INSTALLED)  ## Format, lint and types
 check: lint test  ## lint and test: what has to pass
 
 bench: $(INSTALLED)  ## Benchmarks; speed as well with DATA=hh-rlhf.jsonl TOKENIZER=dir, against TRL=python LLAMAFACTORY=python
-	$(BIN)/python benchmarks/betas.py
+	$(BIN)/python benchmarks/claims.py $(STUDY) $(if $(TRL),--trl $(TRL))
+	$(BIN)/python benchmarks/wrong_losses.py $(STUDY)
 ifdef DATA
 	$(BIN)/python benchmarks/speed.py $(BENCH) $(PEERS) --sweep
 ifneq ($(PEERS),)
@@ -50,5 +53,6 @@ endif
 ifdef TRL
 	$(BIN)/python benchmarks/evaluation.py $(BENCH) --trl $(TRL)
 	$(BIN)/python benchmarks/shapes.py $(BENCH) --trl $(TRL)
+	$(BIN)/python benchmarks/stages.py $(BENCH) --trl $(TRL)
 endif
 endif

@@ -20,13 +20,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 HERE = Path(__file__).resolve().parent
-TRL = HERE / "peers" / "trl_orpo.py"
+TRL = HERE / "peers" / "trl_trainers.py"
 LLAMAFACTORY = HERE / "peers" / "llamafactory_orpo.py"
 
 BATCH = 16
@@ -170,6 +171,7 @@ class Process:
 
     output: str
     wall: float  # seconds
+    cpu: float  # seconds of all its threads: tells more than `wall` where the machine has other work
     peak_gib: float
 
 
@@ -193,7 +195,7 @@ def run_process(command: Sequence[str | Path], scratch: Path) -> Process:
             last = errors.read_text().strip().splitlines()[-3:]
             raise RunFailedError(f"{Path(command[1]).name} ended with {process.returncode}: " + " / ".join(last))
         peak = usage.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-        return Process(output.read_text(), wall, peak)
+        return Process(output.read_text(), wall, usage.ru_utime + usage.ru_stime, peak)
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,7 @@ class Trained:
     first_loss: float
     tokens_digest: str  # stands for the token ids it trained on, prompt and answers, in order
     wall: float  # seconds, from the start of the process to its exit
+    cpu: float  # seconds of all its threads
     peak_gib: float  # of the whole process
     flat_tokens: int = 0  # ours: tokens computed, a prompt once for both its answers
 
@@ -296,6 +299,7 @@ def train_ours(task: Task, nll: tuple[str, str], overrides: Iterable[str] = ()) 
         first_loss=rows[0]["loss"],
         tokens_digest=apart(our_tokens_digest, recipe),
         wall=process.wall,
+        cpu=process.cpu,
         peak_gib=process.peak_gib,
         flat_tokens=sum(row["tokens"] for row in rows),
     )
@@ -321,7 +325,8 @@ def train_peer(task: Task, python: str, script: Path, setting: Setting, **more: 
     """The same by a peer; `more` as its script says."""
     process = run_process([python, script, peer_settings(task, setting, **more)], task.scratch)
     told = json.loads(process.output.splitlines()[-1])
-    return Trained(**told, pairs=task.batch * task.steps, wall=process.wall, peak_gib=process.peak_gib)
+    cost = {"wall": process.wall, "cpu": process.cpu, "peak_gib": process.peak_gib}
+    return Trained(**told, pairs=task.batch * task.steps, **cost)
 
 
 def peer_settings(task: Task, setting: Setting, **more: Any) -> str:
@@ -372,6 +377,203 @@ def sweep(name: str, run: Callable[[Setting], Trained | Evaluated], settings: It
     return max(speeds, key=lambda setting: speeds[setting])
 
 
+# ---- what is learnt, and not only what it costs ----
+
+STUDY_RECIPE = """\
+model: {{name_or_path: {model}, chat_template: none}}
+lora: null
+data: {{train: {train}, eval: {held_out}, max_length: {max_length}}}
+train: {{learning_rate: {rate}, lr_scheduler_type: linear, num_train_epochs: {epochs}, eval_on_start: false}}
+"""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A small base, and the pairs that all are trained on and judged by."""
+
+    directory: Path
+    options: argparse.Namespace
+    max_length: int
+
+    @property
+    def base(self) -> Path:
+        """The base, with a tokenizer without BOS, which TRL alone would add."""
+        return self.directory / "base"
+
+    @property
+    def train(self) -> Path:
+        """Pairs to train on, as finished texts."""
+        return self.directory / "train.jsonl"
+
+    @property
+    def held_out(self) -> Path:
+        """Pairs to be judged by; none has a prompt of the others."""
+        return self.directory / "held_out.jsonl"
+
+    @property
+    def recipe(self) -> Path:
+        """A full fine-tune; `train.batch_size` is the default, BATCH."""
+        return self.directory / "recipe.yaml"
+
+    def run(self, seed: int, name: str) -> Path:
+        """Where a run lies."""
+        return self.directory / f"seed {seed}" / name
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of the order of the pairs; the base is the same."""
+        return [int(seed) for seed in self.options.seeds.split(",")]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a run."""
+        return self.options.epochs * self.options.pairs // BATCH
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What a model makes of the held-out pairs, as `orpo eval` says it, and what it cost to get there."""
+
+    accuracy: float
+    chosen_logps: float
+    rejected_logps: float
+    log_odds_ratio: float
+    wall: float = 0.0  # seconds of the processes that trained it
+    cpu: float = 0.0  # likewise, of all their threads
+    peak_gib: float = 0.0  # of the largest of them
+
+    @classmethod
+    def read(cls, figures: dict[str, Any], process: Process | None = None) -> Learnt:
+        """From `eval.json`, and the process that trained the model."""
+        names = ("accuracy", "chosen_logps", "rejected_logps", "log_odds_ratio")
+        cost = {name: getattr(process, name) for name in ("wall", "cpu", "peak_gib")} if process else {}
+        return cls(**{name: figures[name] for name in names}, **cost)
+
+    @property
+    def margin(self) -> float:
+        """How much likelier a token of the chosen answer is: the difference of the mean log-probs, in nats."""
+        return self.chosen_logps - self.rejected_logps
+
+
+Result = TypeVar("Result", Learnt, Trained)
+
+
+def study_arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark of what is learnt."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a small base in float32")
+    parser.add_argument("--data", help="preference pairs; without these two, those that `orpo demo` makes")
+    parser.add_argument("--pairs", type=int, default=320, help="to train on")
+    parser.add_argument("--held-out", type=int, default=200)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--learning-rate", default="2e-3")
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs there, and go on with those it has")
+    return parser
+
+
+@contextmanager
+def open_study(options: argparse.Namespace) -> Iterator[Study]:
+    """The study of these options, in a directory that is gone afterwards, or in `--keep`.
+
+    Ends the benchmark if that holds one of other options.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = (options.keep or Path(scratch)).resolve()
+        directory.mkdir(parents=True, exist_ok=True)
+        shape = {k: v for k, v in vars(options).items() if k in STUDY_SHAPE}
+        settings = directory / "study.json"
+        if not settings.exists():
+            apart(make_study, directory, options)
+            settings.write_text(json.dumps(shape))
+        elif json.loads(settings.read_text()) != shape:
+            raise SystemExit(f"error: {directory} holds runs of other options\nhint: name another with --keep")
+        yield Study(directory, options, context_tokens(directory / "base"))
+
+
+STUDY_SHAPE = ("model", "data", "pairs", "held_out", "epochs", "learning_rate")
+
+
+def make_study(directory: Path, options: argparse.Namespace) -> None:
+    """Write base, pairs and recipe."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from orpo_cli import demo
+
+    model, data = options.model, options.data
+    if model is None or data is None:
+        model, data = directory / "demo", str(directory / "pairs.jsonl")
+        demo.make_base(model, seed=0)
+        demo.make_pairs(Path(data), count=options.pairs + options.held_out, seed=0)
+    study = Study(directory, options, context_tokens(Path(model)))
+    AutoModelForCausalLM.from_pretrained(model).save_pretrained(study.base)
+    tokens = AutoTokenizer.from_pretrained(model)
+    tokens.bos_token = None
+    tokens.save_pretrained(study.base)
+
+    def ids(text: str) -> list[int]:
+        return tokens(text, add_special_tokens=False).input_ids
+
+    def fits(pair: dict[str, str]) -> bool:
+        both = [ids(pair["prompt"] + pair[side]) for side in ("chosen", "rejected")]
+        prompt = ids(pair["prompt"])
+        return all(len(text) < study.max_length and text[: len(prompt)] == prompt for text in both)
+
+    prompts: set[str] = set()
+    usable = (t for t in texts(data) if fits(t) and not (t["prompt"] in prompts or prompts.add(t["prompt"])))
+    write_pairs(study.train, itertools.islice(usable, options.pairs), options.pairs)
+    write_pairs(study.held_out, itertools.islice(usable, options.held_out), options.held_out)
+    paths = {"model": study.base, "train": study.train, "held_out": study.held_out}
+    study.recipe.write_text(
+        STUDY_RECIPE.format(
+            **{name: json.dumps(str(path)) for name, path in paths.items()},
+            max_length=study.max_length,
+            rate=options.learning_rate,
+            epochs=options.epochs,
+        )
+    )
+
+
+def context_tokens(model: Path) -> int:
+    """The longest text that a study takes of this model."""
+    return min(MAX_LENGTH, json.loads((model / "config.json").read_text())["max_position_embeddings"])
+
+
+def kept(directory: Path, kind: type[Result], work: Callable[[Path], Result]) -> Result:
+    """What came of the work in this directory: by an earlier call if there was one."""
+    record = directory / "learnt.json"
+    if not record.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(asdict(work(directory))))
+    return kind(**json.loads(record.read_text()))
+
+
+def judge(study: Study, model: Path, process: Process | None = None) -> Learnt:
+    """What `orpo eval` says of any model, and what the process that trained it cost."""
+    command = [sys.executable, "-m", "orpo_cli", "eval", model, "--data", study.held_out, "--recipe", study.recipe]
+    return Learnt.read(json.loads(run_process(command, study.directory).output), process)
+
+
+def learn_ours(study: Study, seed: int, beta: str) -> Learnt:
+    """One `orpo train`, which evaluates at its end; the model is `run/merged` of its directory."""
+
+    def learn(directory: Path) -> Learnt:
+        run = directory / "run"
+        command = [sys.executable, "-m", "orpo_cli", "train", study.recipe, "--output-dir", run, "--overwrite"]
+        process = run_process([*command, "--set", f"train.seed={seed}", "--set", f"loss.beta={beta}"], study.directory)
+        return Learnt.read(json.loads((run / "eval.json").read_text()), process)
+
+    return kept(study.run(seed, orpo(beta)), Learnt, learn)
+
+
+SFT = "SFT (beta 0)"
+
+
+def orpo(beta: str) -> str:
+    """What a run of ours is called."""
+    return f"ORPO, beta {beta}" if float(beta) else SFT
+
+
 # ---- printing ----
 
 
@@ -404,3 +606,16 @@ def spread(values: Iterable[float]) -> str:
 def ratios(peer: Sequence[Any], ours: Sequence[Any], of: Callable[[Any], float]) -> str:
     """Peer over ours, round by round: median and range."""
     return spread(of(p) / of(o) for p, o in zip(peer, ours, strict=True))
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A claim that holds where a figure is positive."""
+
+    text: str
+    figures: Sequence[float]  # one for each seed or round
+
+    def __str__(self) -> str:
+        true = sum(figure > 0 for figure in self.figures)
+        verdict = "holds" if true == len(self.figures) else "does not hold"
+        return f"- {verdict} ({true} of {len(self.figures)}): {self.text}: {spread(self.figures)}"

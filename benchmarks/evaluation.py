@@ -2,7 +2,7 @@
 
     python benchmarks/evaluation.py --data HH_RLHF --tokenizer DIR --trl PYTHON [--layers 8] [--pairs 96] [--rounds 3]
 
-How to make TRL's environment stands at the top of `peers/trl_orpo.py`. The model is that of `speed.py`, and no side
+How to make TRL's environment stands at the top of `peers/trl_trainers.py`. The model is that of `speed.py`, and no side
 has adapters. TRL runs at the fastest of micro-batch 1, 2, 4 and 8, with and without autocast, which is looked for
 first. Pairs a second are of the evaluation alone: the model is loaded and the pairs are tokenised. Wall time and
 memory are the whole process's. Ratios are taken round by round: their median, and their range.

@@ -3,8 +3,8 @@
     python benchmarks/shapes.py --data HH_RLHF --tokenizer DIR --trl PYTHON [--layers 8] [--pairs 96] [--rounds 3]
         [--cases full,4bit,...] [--sweep]
 
-How to make TRL's environment stands at the top of `peers/trl_orpo.py`; `4bit` wants bitsandbytes there. All is as in
-`speed.py` but for what the case says:
+How to make TRL's environment stands at the top of `peers/trl_trainers.py`; `4bit` wants bitsandbytes there. All is as
+in `speed.py` but for what the case says:
 
 full            every weight trained; TRL's are float32 under autocast, since what we step is float32 too
 full-bf16       the same against TRL on bfloat16 weights: smaller, and most small steps round to nothing

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from transformers import TrainerCallback
 
@@ -14,6 +14,17 @@ def tokens_digest(pairs: Iterable[tuple[list[int], int, list[int], int]]) -> str
     for pair in pairs:
         digest.update(json.dumps(pair).encode())
     return digest.hexdigest()[:16]
+
+
+def tokenised_pairs(rows: Iterable[dict[str, list[int]]]) -> Iterator[tuple[list[int], int, list[int], int]]:
+    """A trainer's rows as `tokens_digest` takes them, in whichever columns it has them; rows without pairs are none."""
+    for row in rows:
+        if "chosen_labels" in row:
+            chosen, rejected = row["chosen_input_ids"], row["rejected_input_ids"]
+            yield chosen, answer_start(row["chosen_labels"]), rejected, answer_start(row["rejected_labels"])
+        elif "prompt_ids" in row:
+            prompt = row["prompt_ids"]
+            yield prompt + row["chosen_ids"], len(prompt), prompt + row["rejected_ids"], len(prompt)
 
 
 def answer_start(labels: list[int]) -> int:
@@ -28,9 +39,7 @@ class Watch(TrainerCallback):
         self.begun, self.seconds, self.losses, self.digest = 0.0, [], [], ""
 
     def on_train_begin(self, *args, train_dataloader, **kwargs):
-        columns = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
-        rows = zip(*(train_dataloader.dataset[column] for column in columns), strict=True)
-        self.digest = tokens_digest((c, answer_start(cl), r, answer_start(rl)) for c, cl, r, rl in rows)
+        self.digest = tokens_digest(tokenised_pairs(train_dataloader.dataset))
 
     def on_step_begin(self, *args, **kwargs):
         self.begun = time.perf_counter()
