@@ -34,6 +34,7 @@ from common import (
     machine,
     make_model,
     make_pairs,
+    same_tokens,
     spread,
     train_ours,
     train_peer,
@@ -103,6 +104,9 @@ def main() -> None:
             for i in range(options.rounds)
         ]
 
+    for of in rounds:
+        for side in TRAINERS.keys() - {"SFT"}:
+            same_tokens(of["orpo, beta 0.1"], of[side])
     print(f"{machine()}\n{options.layers} layers, {options.pairs} pairs; {options.rounds} rounds: median and range\n")
     print("| | CPU seconds | wall | peak GiB |\n|---|---|---|---|")
     for side in rounds[0]:

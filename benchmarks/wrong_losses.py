@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 POINTS = (-20.0, -2.0, -0.05, -1e-4, -1e-6, -1e-8)
 EPSILON = 1e-8
+FIGURES = ("accuracy", "chosen_logps", "rejected_logps", "log_odds_ratio")
 
 
 def log_odds_variants() -> dict[str, Callable[[Tensor], Tensor]]:
@@ -147,9 +148,8 @@ def main() -> None:
                     runs.append(
                         kept(directory, Learnt, lambda it, seed=seed, name=name: learn_wrong(study, it, seed, name))
                     )
-            figures = [lambda it: it.accuracy, lambda it: it.chosen_logps, lambda it: it.rejected_logps]
-            figures.append(lambda it: it.log_odds_ratio)
-            print(f"| {name} | {' | '.join(spread(map(figure, runs)) for figure in figures)} |", flush=True)
+            cells = [spread(getattr(run, figure) for run in runs) for figure in FIGURES]
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
