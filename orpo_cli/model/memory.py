@@ -43,7 +43,7 @@ FAST_TOKENS = {"cpu": (1024, 128), "cuda": (16384, 512), "mps": (4096, 256)}
 # Tokens of a side of the pairs that are tried; what longer ones keep follows from these two.
 _TRIED_LENGTHS = (512, 1024)
 # Bytes that a process on a CPU takes beside all that is counted here, from its first step on. Measured.
-_FIRST_STEPS = GIB // 4
+_FIRST_STEPS = 5 * GIB // 16
 
 
 @dataclass(frozen=True)
