@@ -75,6 +75,9 @@ def describe(run: RunDirectory) -> dict[str, Any]:
     # A run that was prolonged and stopped still has what it made before: then steps follow the last evaluation.
     elif all(path.exists() for path in made) and (evaluated is None or evaluated["step"] == about["step"]):
         about["state"] = "finished"
+        if recipe.data.eval is not None and recipe.train.load_best_model_at_end:  # not the last one's, perhaps
+            figures = json.loads(run.eval.read_text(encoding="utf-8"))
+            about |= {name: figures[name] for name in _IN_METRICS}
     else:
         about["state"] = "interrupted"
     return about

@@ -47,11 +47,6 @@ class ImpossibleRecipeError(ValueError):
 # `*` stands for each item of a list.
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "model.device_map": ((None,), "leave it null; load_in_4bit makes a large base fit one device"),
-    "train.load_best_model_at_end": (
-        (False,),
-        "the best checkpoint is kept in checkpoints/; merge it by hand",
-    ),
-    "train.early_stopping_patience": ((None,), "set max_steps or num_train_epochs instead"),
     "output.trackers": (([],), "leave it []; metrics.jsonl holds every number"),
 }
 
@@ -244,6 +239,13 @@ def _impossible_train(recipe: Recipe) -> Iterator[Fault]:
                 "hold some pairs out, e.g. data.eval: {holdout: 0.02}, or remove it",
                 ("data.eval",),
             )
+    if train.early_stopping_patience is not None and train.eval_steps is None and evaluates:
+        yield Fault(
+            "train.early_stopping_patience",
+            "there is nothing to stop before: eval_steps is null, so that only the end is evaluated",
+            "set train.eval_steps, e.g. 0.1, or remove it",
+            ("train.eval_steps",),
+        )
     if train.warmup_steps and train.max_steps is not None and train.warmup_steps >= train.max_steps:
         yield Fault(
             "train.warmup_steps",

@@ -485,7 +485,9 @@ def _evaluations(draft: Conversion) -> None:
     if steps:
         draft.put("train.eval_steps", steps, name or "eval_strategy")
     for key in ("eval_on_start", "metric_for_best_model", "load_best_model_at_end", "early_stopping_patience"):
-        if (value := draft.take(key)) is not None:
+        if key == "early_stopping_patience" and draft.given.get(key) and not steps:
+            draft.leave(key, "only the end is evaluated")
+        elif (value := draft.take(key)) is not None:
             draft.put(f"train.{key}", _word(value), key)
 
 

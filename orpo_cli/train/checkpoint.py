@@ -44,7 +44,7 @@ def save_checkpoint(
     never deleted (the best so far) and not counted. Those of later steps are of a course that was given up when the
     run went on from an earlier one: they go as well. Returns the checkpoint's directory.
     """
-    target = directory / f"step-{step:06d}"
+    target = checkpoint_of(directory, step)
 
     def fill(unfinished: Path) -> None:
         write_weights(unfinished)
@@ -81,12 +81,21 @@ def read_state(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "state.json").read_text(encoding="utf-8"))
 
 
-def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Weights, optimizer tensors and state of a checkpoint. Raises InputError if any byte of it has changed."""
+def load_weights(directory: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint. Raises InputError if any byte of it has changed."""
     check_sound(directory)
     weights = next(directory / name for name in WEIGHTS if (directory / name).exists())
     try:
-        return load_file(weights), load_file(directory / "optimizer.safetensors"), read_state(directory)
+        return load_file(weights)
+    except SafetensorError as error:
+        raise InputError(f"the checkpoint {directory} was not written by orpo: {error}", "name another one") from error
+
+
+def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Weights, optimizer tensors and state of a checkpoint. Raises InputError if any byte of it has changed."""
+    weights = load_weights(directory)
+    try:
+        return weights, load_file(directory / "optimizer.safetensors"), read_state(directory)
     except (SafetensorError, ValueError) as error:
         raise InputError(f"the checkpoint {directory} was not written by orpo: {error}", "name another one") from error
 
@@ -115,6 +124,11 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(
         (p for p in directory.iterdir() if _NAME.match(p.name) and p.is_dir() and not p.is_symlink()), key=step_of
     )
+
+
+def checkpoint_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, or would."""
+    return directory / f"step-{step:06d}"
 
 
 def step_of(checkpoint: Path) -> int:

@@ -11,10 +11,11 @@ import torch
 from orpo_cli.data.batches import flat_tokens
 from orpo_cli.evaluate import Scores, evaluation_row, score_in_parts
 from orpo_cli.model.logprobs import inference
-from orpo_cli.report.terminal import StepDisplay, warn
+from orpo_cli.recipe import Recipe
+from orpo_cli.report.terminal import StepDisplay, say, warn
 from orpo_cli.signals import Noted
 from orpo_cli.train.drift import drift
-from orpo_cli.train.state import Run
+from orpo_cli.train.state import Progress, Run
 
 
 def evaluation_steps(run: Run) -> set[int]:
@@ -53,7 +54,12 @@ def evaluate(run: Run, stop: Noted, display: StepDisplay) -> bool:
         sign = -1 if name.endswith(("loss", "perplexity")) else 1
         best = progress.best_value
         if progress.step and math.isfinite(row[name]) and (best is None or sign * row[name] > sign * best):
-            progress.best_step, progress.best_value = progress.step, row[name]
+            progress.best_step, progress.best_value, progress.stale = progress.step, row[name], 0
+        elif progress.step:
+            progress.stale += 1
+        if progress.step < run.total_steps and patience_is_over(progress, recipe):
+            say(f"stopping early: {name} has not been better since step {progress.best_step or 0}")
+            run.total_steps = progress.step
         if progress.step == run.total_steps:
             run.last_scores = scores
     if run.samples is not None:
@@ -61,6 +67,12 @@ def evaluate(run: Run, stop: Noted, display: StepDisplay) -> bool:
             run.samples.write({"step": progress.step, "prompt": prompt, "answer": answer, "ended": ended})
     progress.evaluated = progress.step
     return True
+
+
+def patience_is_over(progress: Progress, recipe: Recipe) -> bool:
+    """Whether as many evaluations as `train.early_stopping_patience` have brought nothing better."""
+    patience = recipe.train.early_stopping_patience
+    return patience is not None and progress.stale >= patience
 
 
 # What a process has to say between two micro-batches; the largest of all is heeded.

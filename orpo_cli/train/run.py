@@ -49,15 +49,18 @@ from orpo_cli.run import RunDirectory, check_unchanged, read_manifest
 from orpo_cli.signals import Noted, last_words
 from orpo_cli.train.checkpoint import (
     check_sound,
+    checkpoint_of,
     delete_surplus,
+    fault,
     load_checkpoint,
+    load_weights,
     newest_sound,
     read_state,
     recover_checkpoints,
     save_checkpoint,
 )
 from orpo_cli.train.distributed import Processes, seed_everything
-from orpo_cli.train.evaluation import score_together
+from orpo_cli.train.evaluation import patience_is_over, score_together
 from orpo_cli.train.loop import train_steps
 from orpo_cli.train.optimizer import Optimizer, check_optimizer
 from orpo_cli.train.rehearsal import longest_pairs, rehearse
@@ -123,6 +126,8 @@ def train_in(run: RunDirectory, recipe: Recipe, start: Start, processes: Process
                 f"{checkpoint} lies behind the recipe's {total_steps:,} steps",
                 "raise train.max_steps or num_train_epochs, or name an earlier one with --resume-from",
             )
+        if patience_is_over(progress, recipe):  # it had stopped early
+            total_steps = progress.step
     available = -processes.largest(-device_memory(processes.device))  # the smallest of all processes' devices
     needs = needs_of(recipe, built, train_set)
     plan = dataclasses.replace(plan_memory(recipe, needs, progress, processes.device, available), process=beside)
@@ -169,7 +174,8 @@ def train_in(run: RunDirectory, recipe: Recipe, start: Start, processes: Process
     with out_of_memory_explained(loop), files_closed(loop), last_words(words):
         rehearse(loop)
         train_steps(loop)
-        if loop.held_out and loop.last_scores is None:  # resumed after its last step
+        record["weights_of_step"] = load_best(run, loop, built)
+        if loop.held_out and loop.last_scores is None:  # resumed after its last step, or with other weights than those
             loop.last_scores = score_together(loop, Noted())
         figures = finish(run, loop, text, built, held_out, record) if processes.is_main else {}
     processes.close()
@@ -438,6 +444,18 @@ def save(run: RunDirectory, recipe: Recipe, built: Built, optimizer: Optimizer, 
 def restore(checkpoint: Path, built: Built, optimizer: Optimizer) -> Progress:
     """Load weights and optimizer from a checkpoint. Raises InputError if it is damaged or of another model."""
     weights, optimizer_tensors, state = load_checkpoint(checkpoint)
+    put_weights(weights, built, checkpoint)
+    try:
+        optimizer.load_tensors(optimizer_tensors)
+    except (KeyError, RuntimeError, AttributeError) as error:
+        raise InputError(
+            f"{checkpoint} holds the state of another optimizer", "train.optimizer must be that of the run"
+        ) from error
+    return Progress(**{**state, "position": Position(**state["position"])})
+
+
+def put_weights(weights: dict[str, torch.Tensor], built: Built, checkpoint: Path) -> None:
+    """Give the model the weights of a checkpoint. Raises InputError if they are those of another model."""
     adapted = isinstance(built.model, PeftModel)
     own = (
         get_peft_model_state_dict(built.model, save_embedding_layers=False)
@@ -455,16 +473,30 @@ def restore(checkpoint: Path, built: Built, optimizer: Optimizer) -> Progress:
         with torch.no_grad():
             for name, parameter in built.model.named_parameters():
                 parameter.copy_(weights[name])
-    try:
-        optimizer.load_tensors(optimizer_tensors)
-    except (KeyError, RuntimeError, AttributeError) as error:
-        raise InputError(
-            f"{checkpoint} holds the state of another optimizer", "train.optimizer must be that of the run"
-        ) from error
-    return Progress(**{**state, "position": Position(**state["position"])})
 
 
 # ---- what is written after the last step ----
+
+
+def load_best(run: RunDirectory, loop: Run, built: Built) -> int:
+    """Put the best checkpoint's weights in place of the last ones, where the recipe asks for that and they differ.
+
+    Returns the step that the model's weights are of. Raises RunError if that checkpoint is not there whole.
+    """
+    section, last, best = loop.recipe.train, loop.progress.step, loop.progress.best_step
+    if not section.load_best_model_at_end or best is None or best == last:
+        return last
+    checkpoint = checkpoint_of(run.checkpoints, best)
+    if (why := fault(checkpoint)) is not None:
+        raise RunError(
+            f"the best checkpoint, {checkpoint}, is damaged: {why}",
+            "put a copy of it back and --resume; or end with the last weights: --resume --allow-changes "
+            "--set train.load_best_model_at_end=false",
+        )
+    put_weights(load_weights(checkpoint), built, checkpoint)
+    loop.last_scores = None
+    say(f"the weights are those of step {best}, the best by {section.metric_for_best_model}")
+    return best
 
 
 def finish(

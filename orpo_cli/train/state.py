@@ -45,6 +45,8 @@ class Progress:
     """Layers under gradient checkpointing that `auto` came to."""
     best_step: int | None = None
     best_value: float | None = None
+    stale: int = 0
+    """Evaluations since the best one."""
     loss_scale: dict[str, Any] = field(default_factory=dict)
 
 

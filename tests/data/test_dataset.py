@@ -251,6 +251,27 @@ def test_max_pairs_counts_usable_pairs_of_its_source(tokenise, tmp_path, streami
 
 
 @STREAMED
+def test_rows_of_some_pairs_are_those_of_the_files(tokenise, tmp_path, streaming):
+    """Also behind a source of which only the first pairs are taken."""
+    first, second = ([good(i) for i in of] for of in (range(20), range(100, 120)))
+    first[3] = good(3) | {"chosen": "wrong 3"}
+    train = [
+        {"path": write(tmp_path / "a.jsonl", first), "max_pairs": 5},
+        {"path": write(tmp_path / "b.jsonl", second)},
+    ]
+    pairs, _ = load(tokenise, train, streaming=streaming)
+    found = list(pairs.reader.rows_at([0, 3, 5, 6, 7, 25]))
+    assert [(index, row) for index, row, _ in found] == [
+        (0, first[0]),
+        (5, first[5]),
+        (6, second[0]),
+        (7, second[1]),
+        (25, second[19]),
+    ]
+    assert [pair.chosen for _, _, pair in found] == [row["chosen"] for _, row, _ in found]
+
+
+@STREAMED
 def test_deduplicate_keeps_the_first_of_equal_pairs(tokenise, tmp_path, streaming):
     rows = [good(i % 4) | {"score": i} for i in range(10)]
     path = write(tmp_path / "again.jsonl", rows)

@@ -261,6 +261,10 @@ def test_a_key(text, key, expected, converted):
         (TRL + "lora_r: 8\n", "3: lora_r: a full fine-tune has no adapter"),
         (TRL + "use_peft: true\n", " no layers are named for LoRA, which leaves them to peft"),
         (TRL + "load_best_model_at_end: true\n", "3: load_best_model_at_end: nothing is held out to evaluate on"),
+        (
+            AXOLOTL + "early_stopping_patience: 3\nval_set_size: 0.1\n",
+            "5: early_stopping_patience: only the end is evaluated",
+        ),
         (HANDBOOK, "2: dataset_mixer: a share of z/w; write the max_pairs of its source"),
     ],
 )

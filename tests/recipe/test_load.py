@@ -122,8 +122,14 @@ WRONG: list[tuple[str, int, str, list[str]]] = [
     ("train: {max_steps: 10, warmup_steps: 10}", 4, "train.warmup_steps", ["the whole run"]),
     ("train: {lr_scheduler_type: constant, warmup_steps: 5}", 4, "train.warmup_steps", ["constant_with_warmup"]),
     ("train: {lr_scheduler_type: constant, min_lr_ratio: 0.1}", 4, "train.min_lr_ratio", ["does not decay"]),
-    # work to come
     ("train: {early_stopping_patience: 3}\n  ", 4, "train.early_stopping_patience", ["nothing to evaluate on"]),
+    (
+        "  eval: {holdout: 9}\ntrain: {early_stopping_patience: 3}",
+        5,
+        "train.early_stopping_patience",
+        ["only the end is evaluated", "set train.eval_steps"],
+    ),
+    # work to come
     ("output: {trackers: [wandb]}", 4, "output.trackers", ["not yet", "metrics.jsonl"]),
     ("  eval:\n  - {path: y, weight: 2}", 5, "data.eval.0.weight", ["counts once", "max_pairs"]),
 ]
