@@ -49,7 +49,7 @@ def open_data(recipe: Recipe) -> Data:
     tokenise = pair_tokenizer(recipe, text).under(policy)
     section = recipe.data.model_copy(update={"max_dropped": 1.0, "strict": False})
     # With max_steps a stream need not be counted before it is read.
-    training, held_out = load_pairs(section, tokenise, recipe.train.model_copy(update={"max_steps": 1}))
+    training, held_out = load_pairs(section, tokenise, recipe.train.model_copy(update={"max_steps": 1}), say)
     return Data(recipe, text, tokenise, training, held_out)
 
 

@@ -22,6 +22,12 @@ TINY_SPECIAL = ("<pad>", "<s>", "</s>")
 TINY_CONTEXT = 128
 
 
+@pytest.fixture(scope="session", autouse=True)
+def counts_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is counted of a stream is not kept in the home directory."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a random two-layer Llama, float32, whose tokens are bytes, and no chat template."""

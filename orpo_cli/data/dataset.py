@@ -11,11 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections import Counter
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import islice
 from typing import Any
+
+import numpy as np
 
 from orpo_cli.data.bitmap import Bitmap
 from orpo_cli.data.formats import (
@@ -32,6 +36,7 @@ from orpo_cli.data.formats import (
 from orpo_cli.data.keys import PromptKeys, SeenKeys
 from orpo_cli.data.order import BLOCK_ROWS, Position, block_order, permutation, quotas, turns
 from orpo_cli.data.sources import BadRow, Row, Rows, open_source
+from orpo_cli.data.survey import Survey, keep_survey, kept_survey
 from orpo_cli.data.tokenize import PairTokenizer, TokenizedPair
 from orpo_cli.errors import DataError, RunError
 from orpo_cli.recipe.schema import DataSection, Holdout, SourceSpec, TrainSection
@@ -40,9 +45,22 @@ from orpo_cli.recipe.schema import DataSection, Holdout, SourceSpec, TrainSectio
 _PEEK_ROWS = 64
 # Rows that are tokenised in one call.
 _CHUNK_ROWS = 256
+# Rows of an uncounted stream after which the share of dropped ones is judged, at the latest at the end of a block.
+_JUDGED_ROWS = 1024
+# While rows are counted, how many is told as often as this.
+TELL_SECONDS = 10.0
 DROP_REASONS = ("empty", "identical", "diverged", "overlong", "malformed", "filtered", "duplicate")
 # Dropped on purpose, not for a fault of the data: these do not count towards `data.max_dropped`.
 _WANTED_DROPS = ("filtered", "duplicate")
+
+
+Tell = Callable[[str], None]
+# A row's position and its text; None where its tokens are held.
+Unread = tuple[int, Pair | Drop | None]
+
+
+def tell_nobody(line: str) -> None:
+    """For a pass that nobody watches."""
 
 
 @dataclass
@@ -104,8 +122,16 @@ class PairReader:
     ) -> Iterator[tuple[int, Pair | None, TokenizedPair | Drop]]:
         """From row `start` on: each row's position, its pair as text, and its tokens or why it is dropped.
 
+        As `texts` and `tokens`.
+        """
+        rows = self.texts(start, only)
+        while chunk := list(islice(rows, _CHUNK_ROWS)):
+            yield from self.tokens(chunk)
+
+    def texts(self, start: int = 0, only: Bitmap | None = None) -> Iterator[tuple[int, Pair | Drop]]:
+        """From row `start` on: each row's position, and its pair or why it is dropped.
+
         `only`: rows to read of sources that have been counted; the others are passed over without being parsed.
-        Raises DataError at the first malformed row under `data.strict`.
         """
         for source in self.sources:
             first = max(source.start, start)
@@ -113,13 +139,16 @@ class PairReader:
             if only is not None:
                 assert count is not None
                 count = only.count(first, first + count)
-            rows = islice(_numbered(source, first, only), count)
-            while chunk := list(islice(rows, _CHUNK_ROWS)):
-                yield from self._tokenised([(index, self._pair(source, row)) for index, row in chunk])
+            for index, row in islice(_numbered(source, first, only), count):
+                yield index, self._pair(source, row)
 
-    def _tokenised(
-        self, rows: list[tuple[int, Pair | Drop]]
+    def tokens(
+        self, rows: Sequence[tuple[int, Pair | Drop]]
     ) -> Iterator[tuple[int, Pair | None, TokenizedPair | Drop]]:
+        """Each row's position, its pair as text, and its tokens or why it is dropped.
+
+        Raises DataError at the first malformed row under `data.strict`.
+        """
         unknown = [(i, pair) for i, pair in rows if isinstance(pair, Pair) and i not in self.known]
         tokenised = iter(self.tokenise.batch(unknown))
         for index, pair in rows:
@@ -243,34 +272,67 @@ class PairSet:
             found = False
             for number, first, block in self._blocks(offset):
                 order = block_order(len(block), seed=seed, epoch=epoch, block=number, shuffle=shuffle)
-                for place in range(max(0, offset - first), len(block)):
-                    pair = block[order[place]]
+                places = range(max(0, offset - first), len(block))
+                uncounted = self.rows is None and number not in self._counted
+                for place, pair in zip(places, self._pairs(block, order[places.start :], uncounted), strict=True):
                     if pair is not None:
                         found = True
                         yield pair, Position(epoch, first + place + 1)
+                self._counted.add(number)
             if not found and offset == 0:
                 raise _no_usable_pair(self)
             epoch, offset = epoch + 1, 0
 
-    def _blocks(self, offset: int) -> Iterator[tuple[int, int, list[TokenizedPair | None]]]:
-        """Blocks of rows from the one with row `offset` on: number, first row, and each row's pair or None.
+    def _blocks(self, offset: int) -> Iterator[tuple[int, int, list[Unread]]]:
+        """Blocks of rows from the one with row `offset` on: number, first row, and the rows.
 
         What is held in memory is one block, so that the whole set is shuffled at once.
         """
         if self.held is not None:
             assert self.rows is not None
-            yield 0, 0, [self.held.get(index) for index in range(self.rows)]
+            yield 0, 0, [(index, None) for index in range(self.rows)]
             return
         number = offset // BLOCK_ROWS
-        rows = self.reader.read(number * BLOCK_ROWS)
-        while block := [
-            (index, result if self.includes(index) else None) for index, _, result in islice(rows, BLOCK_ROWS)
-        ]:
-            if self.rows is None:
-                self._count(number, block)
-            pairs = [result if isinstance(result, TokenizedPair) else None for _, result in block]
-            yield number, number * BLOCK_ROWS, pairs
+        rows = self.reader.texts(number * BLOCK_ROWS)
+        while block := list[Unread](islice(rows, BLOCK_ROWS)):
+            yield number, number * BLOCK_ROWS, block
             number += 1
+
+    def _pairs(
+        self, block: Sequence[Unread], order: Sequence[int] | np.ndarray, uncounted: bool = False
+    ) -> Iterator[TokenizedPair | None]:
+        """The pair of each row of a block in this order, None for one that is not in the set.
+
+        Rows of a stream are tokenised some at a time, so that a step waits for no more than these.
+        """
+        rows = (block[place] for place in order)
+        if self.held is not None:
+            yield from (self.held.get(index) for index, _ in rows)
+            return
+        done = 0
+        while chunk := [(index, text) for index, text in islice(rows, _CHUNK_ROWS) if text is not None]:
+            results = [(index, result) for index, _, result in self.reader.tokens(chunk)]
+            done += len(chunk)
+            if uncounted:
+                self._count(results, is_last=done == len(order))
+            for index, result in results:
+                yield result if isinstance(result, TokenizedPair) and self.includes(index) else None
+
+    def _count(self, results: Sequence[tuple[int, TokenizedPair | Drop]], *, is_last: bool) -> None:
+        """Count what is dropped from, or truncated in, rows of a stream that no pass has counted.
+
+        Raises DataError once a block, or enough rows to judge by, have too many that are dropped.
+        """
+        self.rows_read += len(results)
+        for index, result in results:
+            if isinstance(result, Drop):
+                self.dropped[result.reason] += 1
+                self.examples.setdefault(result.reason, f"{self.reader.where(index)}: {result.detail}")
+            else:
+                self.truncated += result.truncated
+        # If there is no pair at all, that is told elsewhere.
+        if (is_last or self.rows_read >= _JUDGED_ROWS) and self.rows_read > sum(self.dropped.values()):
+            _check_dropped_share(self)
 
     # Several sources
 
@@ -289,26 +351,28 @@ class PairSet:
         numbers = self.quotas
         assert numbers is not None
         blocks = -(-sum(numbers) // BLOCK_ROWS) if self.held is None else 1
-        streams: list[Iterator[TokenizedPair]] | None = None
+        streams: list[Iterator[Unread]] | None = None
         epoch, offset = start.epoch, start.offset
         while True:
             first = 0
-            for block in range(blocks):
-                parts = [turns(number, epoch=epoch, block=block, blocks=blocks) for number in numbers]
+            for number in range(blocks):
+                parts = [turns(quota, epoch=epoch, block=number, blocks=blocks) for quota in numbers]
                 length = sum(map(len, parts))
                 if first + length > offset:
                     streams = streams or [
                         self._passes(source, part.start, seed=seed, shuffle=shuffle)
                         for source, part in enumerate(parts)
                     ]
-                    pairs = [p for stream, part in zip(streams, parts, strict=True) for p in islice(stream, len(part))]
-                    order = block_order(length, seed=seed, epoch=epoch, block=block, shuffle=shuffle)
-                    for place in range(max(0, offset - first), length):
-                        yield pairs[order[place]], Position(epoch, first + place + 1)
+                    block = [row for rows, part in zip(streams, parts, strict=True) for row in islice(rows, len(part))]
+                    order = block_order(length, seed=seed, epoch=epoch, block=number, shuffle=shuffle)
+                    places = range(max(0, offset - first), length)
+                    for place, pair in zip(places, self._pairs(block, order[places.start :]), strict=True):
+                        if pair is not None:
+                            yield pair, Position(epoch, first + place + 1)
                 first += length
             epoch, offset = epoch + 1, 0
 
-    def _passes(self, number: int, start: int, *, seed: int, shuffle: bool) -> Iterator[TokenizedPair]:
+    def _passes(self, number: int, start: int, *, seed: int, shuffle: bool) -> Iterator[Unread]:
         """A source's pairs, pass after pass without end, from the one at `start` of that sequence on."""
         sizes, source = self.sizes, self.reader.sources[number]
         assert sizes is not None
@@ -319,36 +383,17 @@ class PairSet:
             positions = list(self.usable.within(source.start, source.start + (source.length or 0)))
             while size:
                 order = permutation(size, seed, number, passes, 0) if shuffle else range(size)
-                for place in order[offset:]:
-                    yield self.held[positions[place]]
+                yield from ((positions[place], None) for place in order[offset:])
                 passes, offset = passes + 1, 0
         reader = PairReader([source], self.reader.section, self.reader.tokenise)
         while size:
             found = 0
-            for _, _, result in reader.read(self.usable.nth(offset, source.start), self.usable):
-                if isinstance(result, TokenizedPair):
-                    found += 1
-                    yield result
+            for index, text in reader.texts(self.usable.nth(offset, source.start), self.usable):
+                found += 1
+                yield index, text
             if found != size - offset:
                 raise RunError(f"{source.spec.path} has changed while it was read", "start anew with data that stays")
             offset = 0
-
-    def _count(self, number: int, block: list[tuple[int, TokenizedPair | Drop | None]]) -> None:
-        """Count what is dropped from, or truncated in, a stream that no pass has counted; each block once.
-
-        Raises DataError.
-        """
-        if number in self._counted:
-            return
-        self._counted.add(number)
-        self.rows_read += len(block)
-        self.truncated += sum(isinstance(result, TokenizedPair) and result.truncated for _, result in block)
-        drops = [(index, result) for index, result in block if isinstance(result, Drop)]
-        for index, drop in drops:
-            self.dropped[drop.reason] += 1
-            self.examples.setdefault(drop.reason, f"{self.reader.where(index)}: {drop.detail}")
-        if self.rows_read > len(drops):  # else there is no pair at all, which is told elsewhere
-            _check_dropped_share(self)
 
     @property
     def dropped_share(self) -> float:
@@ -391,8 +436,10 @@ class PairSet:
         }
 
 
-def load_pairs(section: DataSection, tokenise: PairTokenizer, train: TrainSection) -> tuple[PairSet, PairSet | None]:
-    """The training set and the held-out set of a recipe, None if it has none.
+def load_pairs(
+    section: DataSection, tokenise: PairTokenizer, train: TrainSection, tell: Tell = tell_nobody
+) -> tuple[PairSet, PairSet | None]:
+    """The training set and the held-out set of a recipe, None if it has none. `tell` hears how far a long pass is.
 
     Raises DataError when nothing usable is left, or more is dropped than `data.max_dropped` allows.
     """
@@ -403,58 +450,53 @@ def load_pairs(section: DataSection, tokenise: PairTokenizer, train: TrainSectio
         training, held_out = PairSet(reader), None  # nothing needs to be known of the whole before it is read
         training.first()
     else:
-        training, held_out = survey(reader, section, holdout)
+        training, held_out = survey(reader, section, holdout, tell=tell)
         if len(reader.sources) > 1:
             training.quotas = _quotas(training)
     if section.eval is not None and not isinstance(section.eval, Holdout):
-        held_out = load_eval_pairs(section, section.eval, tokenise)
+        held_out = load_eval_pairs(section, section.eval, tokenise, tell)
     return training, held_out
 
 
-def load_eval_pairs(section: DataSection, specs: Sequence[SourceSpec], tokenise: PairTokenizer) -> PairSet:
+def load_eval_pairs(
+    section: DataSection, specs: Sequence[SourceSpec], tokenise: PairTokenizer, tell: Tell = tell_nobody
+) -> PairSet:
     """A held-out set of its own, kept in memory."""
     reader = PairReader(open_sources(specs, section, ("test", "validation")), section, tokenise)
-    pairs, _ = survey(reader, section, None, keep=True)
+    pairs, _ = survey(reader, section, None, keep=True, tell=tell)
     return pairs
 
 
-def load_held_out(section: DataSection, tokenise: PairTokenizer, train: TrainSection) -> PairSet:
+def load_held_out(
+    section: DataSection, tokenise: PairTokenizer, train: TrainSection, tell: Tell = tell_nobody
+) -> PairSet:
     """The held-out set alone. Raises DataError if the recipe names none."""
     if section.eval is None:
         raise DataError("the recipe has no held-out data", "give --data, or set data.eval")
     if not isinstance(section.eval, Holdout):
-        return load_eval_pairs(section, section.eval, tokenise)
-    _, held_out = load_pairs(section, tokenise, train)
+        return load_eval_pairs(section, section.eval, tokenise, tell)
+    _, held_out = load_pairs(section, tokenise, train, tell)
     assert held_out is not None
     return held_out
 
 
-@dataclass
-class Survey:
-    """What one pass over the rows has found."""
-
-    rows: int = 0
-    lengths: list[int] = field(default_factory=list)
-    """Rows of each source."""
-    usable: Bitmap = field(default_factory=Bitmap)
-    """Positions of the pairs, duplicates left out, the held-out ones included."""
-    held_out: Bitmap = field(default_factory=Bitmap)
-    prompts: int = 0
-    """Different prompts, if some are to be held out."""
-    truncated: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
-
-
 def survey(
-    reader: PairReader, section: DataSection, holdout: Holdout | None, *, keep: bool | None = None
+    reader: PairReader,
+    section: DataSection,
+    holdout: Holdout | None,
+    *,
+    keep: bool | None = None,
+    tell: Tell = tell_nobody,
 ) -> tuple[PairSet, PairSet | None]:
-    """Read everything once: count, drop, deduplicate, limit, and split by prompt.
+    """Read everything once: count, drop, deduplicate, limit, and split by prompt. A stream is so read once for good.
 
     `keep`: hold the pairs in memory; None: unless a source is streamed. Raises DataError as `load_pairs` does.
     """
     held: dict[int, TokenizedPair] | None = {} if keep or (keep is None and not reader.streamed) else None
-    found = count_rows(reader, section, holdout, held)
+    if held is None:
+        found = _count_stream(reader, section, holdout, tell)
+    else:
+        found = count_rows(reader, section, holdout, held, tell)
     pairs = PairSet(
         reader,
         rows=found.rows,
@@ -469,15 +511,55 @@ def survey(
     return (pairs, None) if holdout is None else _hold_out(pairs, found, holdout)
 
 
+def _count_stream(reader: PairReader, section: DataSection, holdout: Holdout | None, tell: Tell) -> Survey:
+    """The pass over a stream, or what it found in an earlier run on the same data."""
+    fingerprint = _survey_fingerprint(reader, section, holdout)
+    found = kept_survey(fingerprint, [len(source.rows.counts) for source in reader.sources])
+    if found is None:
+        tell("counting the pairs of a stream; later runs on the same data need not")
+        found = count_rows(reader, section, holdout, None, tell)
+        keep_survey(found, fingerprint)
+        return found
+    start = 0
+    for source, length, counts in zip(reader.sources, found.lengths, found.counts, strict=True):
+        source.start, source.length, source.rows.counts = start, length, counts
+        start += length
+    return found
+
+
+def _survey_fingerprint(reader: PairReader, section: DataSection, holdout: Holdout | None) -> str:
+    """Stands for all that a survey depends on."""
+    counted = ("columns", "filter", "format", "system", "deduplicate", "strict")
+    parts = {
+        "versions": {name: version(name) for name in ("orpo-cli", "transformers", "tokenizers")},
+        "sources": [
+            [source.spec.model_dump(mode="json", exclude={"weight"}), source.rows.fingerprint, source.format.name]
+            for source in reader.sources
+        ],
+        "data": section.model_dump(mode="json", include=set(counted)),
+        "holdout": holdout and holdout.holdout,
+        "tokens": reader.tokenise.fingerprint,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
 def count_rows(
-    reader: PairReader, section: DataSection, holdout: Holdout | None, held: dict[int, TokenizedPair] | None
+    reader: PairReader,
+    section: DataSection,
+    holdout: Holdout | None,
+    held: dict[int, TokenizedPair] | None,
+    tell: Tell = tell_nobody,
 ) -> Survey:
     """The pass itself. Places the sources one behind the other, and puts the pairs into `held` if that is given."""
     found, seen, prompts = Survey(), SeenKeys(), PromptKeys()
+    told = time.monotonic()
     for source in reader.sources:
         source.start, source.length, of_source = found.rows, None, 0
         for index, pair, result in PairReader([source], section, reader.tokenise).read(found.rows):
             found.rows = index + 1
+            if found.rows % _CHUNK_ROWS == 0 and time.monotonic() > told + TELL_SECONDS:
+                told = time.monotonic()
+                tell(f"  {found.rows:,} rows read, {len(found.usable):,} pairs")
             if isinstance(result, TokenizedPair) and section.deduplicate and not seen.add(_digest(result)):
                 result = Drop("duplicate", "the same pair occurred before")
             if isinstance(result, Drop):
@@ -495,6 +577,7 @@ def count_rows(
                 break
         source.length = found.rows - source.start
         found.lengths.append(source.length)
+        found.counts.append(source.rows.counts)
     if holdout is not None:
         found.prompts = len(prompts)
         found.held_out = prompts.first(_wanted_pairs(holdout, len(found.usable)))

@@ -7,6 +7,8 @@ does.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import hashlib
 import json
 import secrets
 import sys
@@ -149,6 +151,14 @@ class PairTokenizer:
         if not limited:
             other.max_length, other.max_prompt_length = sys.maxsize, None
         return other
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with whatever may change a pair's tokens, or whether it is dropped."""
+        limits = (self.max_length, self.max_prompt_length, self.overlong, self.min_response_tokens)
+        marks = (self._add_bos, self._strip_bos, self._bos_id, self._end_id, self.masks_assistant)
+        said = json.dumps([dataclasses.asdict(self.template), limits, marks], sort_keys=True, default=str)
+        return hashlib.sha256((said + self._backend.to_str()).encode()).hexdigest()
 
     # Text
 

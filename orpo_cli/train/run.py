@@ -107,7 +107,7 @@ def train_in(run: RunDirectory, recipe: Recipe, start: Start, processes: Process
 
     text = load_text_side(recipe)
     check_max_length(recipe.model, recipe.data.max_length)
-    train_set, held_out = load_pairs(recipe.data, pair_tokenizer(recipe, text), recipe.train)
+    train_set, held_out = load_pairs(recipe.data, pair_tokenizer(recipe, text), recipe.train, say)
     describe_data(train_set, held_out, text, recipe)
     record = facts(recipe, start, processes, text, train_set, held_out)
     checkpoint = find_checkpoint(run, start.resume_from) if start.resume or start.resume_from else None

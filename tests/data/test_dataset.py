@@ -11,6 +11,9 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 
 import orpo_cli.data.dataset as dataset
@@ -368,6 +371,122 @@ def test_a_weight_that_gives_no_pair_is_refused(tokenise, tmp_path):
     sources, _ = two_sources(tmp_path, a=1000, b=1)
     with pytest.raises(DataError, match=r"b\.jsonl has the weight 1 and would come in none of 97 pairs"):
         load(tokenise, sources)
+
+
+# What is kept of a stream
+
+KEPT = {"streaming": True, "deduplicate": True, "eval": {"holdout": 8}}
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    """The directory of what is kept, and the lines that are told."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "orpo" / "counts"
+
+
+def described(sets: tuple[PairSet, PairSet | None]) -> list:
+    training, held_out = sets
+    order = taken(training, 2 * training.pairs, seed=3)
+    return [
+        training.summary(),
+        training.examples,
+        order,
+        held_out and held_out.summary(),
+        held_out and [*held_out.held],
+    ]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_stream_is_counted_once_for_all_runs(tokenise, make_tokenizer, tmp_path, kept, several, monkeypatch):
+    sources, _ = two_sources(tmp_path, a=1, b=2)
+    train = sources if several else sources[0]["path"]
+    first = described(load(tokenise, train, **KEPT))
+    [file] = kept.iterdir()
+    whole = file.read_text()
+    count_rows = dataset.count_rows
+    counts = []
+    monkeypatch.setattr(dataset, "count_rows", lambda *args: counts.append(1) or count_rows(*args))
+    assert described(load(tokenise, train, **KEPT)) == first
+    assert not counts
+    # A weight, the limit of dropped rows and the order change nothing that is counted.
+    load(tokenise, train, **KEPT, max_dropped=0.9, shuffle=False)
+    assert not counts
+    with pytest.raises(DataError, match="above data.max_dropped"):
+        load(tokenise, train, **KEPT, max_dropped=0.01)
+    assert not counts
+    # Everything else does.
+    for number, change in enumerate([{"eval": {"holdout": 9}}, {"deduplicate": False}, {"system": "s"}], 1):
+        load(tokenise, train, **KEPT | change)
+        assert len(counts) == number
+    load(make_tokenizer(99), train, **KEPT)
+    assert len(counts) == 4
+    path = Path(sources[0]["path"])
+    path.write_text(path.read_text() + json.dumps(good(999)) + "\n")
+    assert load(tokenise, train, **KEPT)[0].rows == first[0]["rows"] + 1
+    assert len(counts) == 5
+    # A file that is not what was written is as good as none.
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    for damaged in ("", "[]", "{}", whole[: len(whole) // 2], whole.replace(file.stem, "0" * 64)):
+        file.write_text(damaged)
+        counts.clear()
+        assert described(load(tokenise, train, **KEPT)) == first
+        assert (len(counts), file.read_text()) == (1, whole)
+
+
+def test_counts_that_cannot_be_kept_cost_no_more_than_time(tokenise, mixed_file, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", mixed_file)
+    assert load(tokenise, mixed_file, streaming=True)[0].pairs == len(USABLE)
+
+
+def test_a_long_pass_tells_how_far_it_is(tokenise, tmp_path, kept, monkeypatch):
+    monkeypatch.setattr(dataset, "TELL_SECONDS", -1.0)
+    path = write(tmp_path / "long.jsonl", map(good, range(600)))
+    section = DataSection.model_validate({"train": path, "streaming": True})
+    told: list[str] = []
+    load_pairs(section, tokenise, TrainSection(), told.append)
+    assert told[0].startswith("counting the pairs")
+    assert told[1:] == ["  256 rows read, 255 pairs", "  512 rows read, 511 pairs"]
+    told.clear()
+    load_pairs(section, tokenise, TrainSection(), told.append)
+    assert told == []
+
+
+@pytest.mark.parametrize("name", ["long.jsonl", "long.jsonl.gz", "long.csv", "long.parquet"])
+def test_a_resumed_stream_reads_no_more_than_it_needs(tokenise, tmp_path, kept, name, monkeypatch):
+    monkeypatch.setattr(dataset, "BLOCK_ROWS", 256)
+    path, rows = tmp_path / name, [good(i) for i in range(3000)]
+    match path.suffix:
+        case ".parquet":
+            pa.parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=500)
+        case ".csv":
+            pa.csv.write_csv(pa.Table.from_pylist(rows), path)
+        case ".gz":
+            path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+        case _:
+            write(path, rows)
+    whole, held_out = load(tokenise, str(path), **KEPT)
+    expected = taken(whole, 3000)
+    judged = [pair.index for pair in held_out.in_source_order()]
+
+    made: list[int] = []
+    batch = PairTokenizer.batch
+    monkeypatch.setattr(
+        PairTokenizer, "batch", lambda self, rows: made.extend(index for index, _ in rows) or batch(self, rows)
+    )
+    parsed: list[int] = []
+    pair_of = dataset.PairReader._pair
+    monkeypatch.setattr(
+        dataset.PairReader, "_pair", lambda self, source, row: parsed.append(1) or pair_of(self, source, row)
+    )
+    resumed, again = load(tokenise, str(path), **KEPT)
+    assert made == judged == [pair.index for pair in again.in_source_order()]
+    assert len(parsed) == 8
+    start = Position(0, 2560)  # the eleventh block
+    done = sum(position < 2560 for position in range(2560)) - sum(i < 2560 for i in judged)
+    assert taken(resumed, 10, start=start) == expected[done : done + 10]
+    assert set(made[8:]) <= set(range(2560, 2816))
+    assert len(parsed) == 8 + 256
 
 
 # The held-out set
