@@ -47,6 +47,7 @@ bench: $(INSTALLED)  ## Benchmarks; speed as well with DATA=hh-rlhf.jsonl TOKENI
 	$(BIN)/python benchmarks/wrong_losses.py $(STUDY)
 ifdef DATA
 	$(BIN)/python benchmarks/speed.py $(BENCH) $(PEERS) --sweep
+	$(BIN)/python benchmarks/data_path.py --data $(DATA) --tokenizer $(TOKENIZER)
 ifneq ($(PEERS),)
 	$(BIN)/python benchmarks/first_loss.py $(BENCH) $(PEERS)
 endif

@@ -412,7 +412,7 @@ def test_a_stream_is_counted_once_for_all_runs(tokenise, make_tokenizer, tmp_pat
     # A weight, the limit of dropped rows and the order change nothing that is counted.
     load(tokenise, train, **KEPT, max_dropped=0.9, shuffle=False)
     assert not counts
-    with pytest.raises(DataError, match="above data.max_dropped"):
+    with pytest.raises(DataError, match=r"above data\.max_dropped"):
         load(tokenise, train, **KEPT, max_dropped=0.01)
     assert not counts
     # Everything else does.
@@ -483,7 +483,7 @@ def test_a_resumed_stream_reads_no_more_than_it_needs(tokenise, tmp_path, kept, 
     assert made == judged == [pair.index for pair in again.in_source_order()]
     assert len(parsed) == 8
     start = Position(0, 2560)  # the eleventh block
-    done = sum(position < 2560 for position in range(2560)) - sum(i < 2560 for i in judged)
+    done = 2560 - sum(i < 2560 for i in judged)
     assert taken(resumed, 10, start=start) == expected[done : done + 10]
     assert set(made[8:]) <= set(range(2560, 2816))
     assert len(parsed) == 8 + 256
