@@ -333,6 +333,20 @@ def runs(
         typer.echo("no runs", err=True)
 
 
+@app.command(rich_help_panel=USE)
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run, or several to compare.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Where to write; else report.html in the run."),
+    ] = None,
+) -> None:
+    """One self-contained HTML page a run, or a comparison of several."""
+    from orpo_cli.report.page import write_report
+
+    typer.echo(write_report(runs, output))
+
+
 @app.command(rich_help_panel=TOOLS)
 def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="A page for people instead, docs/recipe.md.")] = False,

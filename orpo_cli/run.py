@@ -29,6 +29,7 @@ FILES = (
     "samples.jsonl",
     "eval.json",
     "eval.pairs.jsonl",
+    "eval.start.pairs.jsonl",
     "report.html",
 )
 DIRECTORIES = ("checkpoints", "adapter", "merged")
@@ -86,6 +87,16 @@ class RunDirectory:
     def eval_pairs(self) -> Path:
         """Held-out metrics of each pair."""
         return self.path / "eval.pairs.jsonl"
+
+    @property
+    def start_pairs(self) -> Path:
+        """The same before the first step."""
+        return self.path / "eval.start.pairs.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.path / "report.html"
 
     def holds_run(self) -> bool:
         """Whether a run was started here."""

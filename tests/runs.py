@@ -63,6 +63,7 @@ def _manifest(path: Path) -> Any:
 
 
 _READ = {
+    "report.html": lambda path: path.read_text(encoding="utf-8").count("<svg "),
     "recipe.yaml": _recipe,
     "manifest.json": _data,
     "metrics.jsonl": lambda path: rows(path.parent),

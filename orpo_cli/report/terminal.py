@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -56,6 +58,10 @@ def print_error(message: str, hint: str | None) -> None:
         console.print(Text("hint: ", style="cyan") + Text(harmless(hint)))
 
 
+# Values of a small curve.
+SPARKS = 16
+
+
 class StepDisplay:
     """Progress of the optimizer steps; use as a context manager."""
 
@@ -63,6 +69,7 @@ class StepDisplay:
         """`health` is told of every row, and what it finds is said."""
         self.total_steps = total_steps
         self._health = health
+        self._columns: dict[str, deque[float]] = {}
         self._live = console.is_terminal and not _muted
         self._progress = Progress(
             TextColumn("step"),
@@ -85,9 +92,9 @@ class StepDisplay:
     def step(self, row: Mapping[str, Any]) -> None:
         """Show a training row of `metrics.jsonl`."""
         figures = (
-            f"loss {number(row['loss'])}  nll {number(row['nll_loss'])}  "
-            f"log odds ratio {number(row['log_odds_ratio'])}  accuracy {number(row['accuracy'])}  "
-            f"{row['tokens_per_second']:,.0f} tok/s"
+            f"loss {self._curve('loss', row)}{number(row['loss'])}  nll {number(row['nll_loss'])}  "
+            f"log odds ratio {self._curve('log_odds_ratio', row)}{number(row['log_odds_ratio'])}  "
+            f"accuracy {number(row['accuracy'])}  {row['tokens_per_second']:,.0f} tok/s"
         )
         if self._live:
             self._progress.update(self._task, completed=row["step"], figures=figures)
@@ -104,10 +111,25 @@ class StepDisplay:
         )
         self._examine(row)
 
+    def _curve(self, key: str, row: Mapping[str, Any]) -> str:
+        """The last values of a column as a small curve, on a terminal only."""
+        values = self._columns.setdefault(key, deque(maxlen=SPARKS))
+        values.append(math.nan if row[key] is None else row[key])
+        return f"{sparkline(values)} " if self._live else ""
+
     def _examine(self, row: Mapping[str, Any]) -> None:
         for finding in self._health.see(row) if self._health else ():
             warn(f"step {finding.step}: {finding.what}")
             say(f"  {finding.advice}")
+
+
+def sparkline(values: Iterable[float]) -> str:
+    """A bar for each value, from the lowest to the highest; what is not finite is a blank."""
+    values = list(values)
+    finite = [value for value in values if math.isfinite(value)]
+    low, spread = min(finite, default=0.0), (max(finite, default=0.0) - min(finite, default=0.0)) or 1.0
+    bars = "▁▂▃▄▅▆▇█"
+    return "".join(bars[round((v - low) / spread * 7)] if math.isfinite(v) else " " for v in values)
 
 
 def diagnosis(health: Health) -> Iterator[str]:

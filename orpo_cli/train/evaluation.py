@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from orpo_cli.data.batches import flat_tokens
-from orpo_cli.evaluate import Scores, evaluation_row, score_in_parts
+from orpo_cli.evaluate import Scores, evaluation_row, pair_lines, score_in_parts
+from orpo_cli.files import to_json_lines, write_file
 from orpo_cli.model.logprobs import inference
 from orpo_cli.recipe import Recipe
 from orpo_cli.report.terminal import StepDisplay, say, warn
+from orpo_cli.run import RunDirectory
 from orpo_cli.signals import Noted
 from orpo_cli.train.drift import drift
 from orpo_cli.train.state import Progress, Run
@@ -48,6 +51,10 @@ def evaluate(run: Run, stop: Noted, display: StepDisplay) -> bool:
         row |= {"eval_tokens": tokens} | {f"eval_{key}": value for key, value in cost.items()}
         if run.metrics is not None:
             row |= drift(run)
+            if progress.step == 0:
+                write_file(
+                    RunDirectory(Path(recipe.output.dir)).start_pairs, to_json_lines(pair_lines(scores, run.held_out))
+                )
             run.metrics.write(row)
             display.evaluated(row)
         name = recipe.train.metric_for_best_model

@@ -44,6 +44,7 @@ from orpo_cli.recipe import Recipe, dump_recipe
 from orpo_cli.redact import redact
 from orpo_cli.report.health import Health
 from orpo_cli.report.metrics import MetricsFile, read_metrics, whole_rows
+from orpo_cli.report.page import write_report
 from orpo_cli.report.terminal import comparison, diagnosis, first_pair, mute, say, warn
 from orpo_cli.run import RunDirectory, check_unchanged, read_manifest
 from orpo_cli.signals import Noted, last_words
@@ -133,7 +134,7 @@ def train_in(run: RunDirectory, recipe: Recipe, start: Start, processes: Process
     plan = dataclasses.replace(plan_memory(recipe, needs, progress, processes.device, available), process=beside)
     progress.max_tokens, progress.checkpointed_layers = plan.max_tokens, plan.checkpointed_layers
     checkpoint_layers(built.base, plan.checkpointed_layers)
-    record |= of_model(record, built, plan)
+    record |= of_model(record, built, plan) | {"steps": total_steps}
     if processes.is_main:
         if start.overwrite:
             run.clear()
@@ -535,6 +536,7 @@ def finish(
             record["merge"] = gaps[0]
     record["data"]["train"] = loop.train_set.summary()  # a stream is counted while it is read
     write_file(run.manifest, to_json(record))
+    write_report([run.path])
     verdict(run, loop, figures)
     return figures
 
@@ -566,6 +568,7 @@ def verdict(run: RunDirectory, loop: Run, figures: dict[str, Any]) -> None:
             )
     for line in diagnosis(loop.health):
         say(line)
+    say(f"report: {run.report}")
     say()
     if run.merged.exists():
         say("use it:")

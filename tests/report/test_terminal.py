@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from orpo_cli.report import terminal
 
@@ -27,6 +30,25 @@ def test_steps_are_lines(capsys):
     assert capsys.readouterr().err == (
         "step 3/10  loss 1.235  nll 1  log odds ratio -  accuracy 0.75  12,346 tok/s  lr 8.00e-06\n"
     )
+
+
+def test_a_small_curve_goes_from_the_lowest_to_the_highest():
+    assert terminal.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert terminal.sparkline([2.0, float("nan"), 1.0]) == "█ ▁"
+    assert terminal.sparkline([3.0, 3.0]) == "▁▁"
+    assert terminal.sparkline([float("inf")]) == " "
+    assert terminal.sparkline([]) == ""
+
+
+def test_a_terminal_shows_small_curves(monkeypatch):
+    shown = Console(file=io.StringIO(), force_terminal=True, width=200)
+    monkeypatch.setattr(terminal, "console", shown)
+    row = {"nll_loss": 1.0, "log_odds_ratio": 0.5, "accuracy": 0.75, "tokens_per_second": 1.0, "learning_rate": 1.0}
+    with terminal.StepDisplay(10) as display:
+        for step, loss in enumerate([3.0, 2.0, 1.0], start=1):
+            display.step(row | {"step": step, "loss": loss})
+    assert "loss █▅▁ 1 " in shown.file.getvalue()
+    assert "log odds ratio ▁▁▁ 0.5 " in shown.file.getvalue()
 
 
 def test_an_evaluation_is_a_line(capsys):

@@ -1,0 +1,434 @@
+"""`orpo report`: a run, or several side by side, as one HTML page that needs nothing beside itself.
+
+Whatever comes from a run (prompts, answers, paths, keys) is text, and escaped. There is no script in the page, and its
+policy forbids it to load anything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from orpo_cli.errors import InputError
+from orpo_cli.files import write_file
+from orpo_cli.recipe import Recipe, dump_recipe
+from orpo_cli.report.charts import Points, Series, chart, histogram
+from orpo_cli.report.health import Health, diagnose
+from orpo_cli.run import RunDirectory, open_run, read_manifest
+
+COLOURS = "abcdefgh"
+"""The page's colours: classes that its style gives a colour to."""
+FIGURES = ("accuracy", "log_odds_ratio", "chosen_logps", "rejected_logps", "loss", "nll_loss", "or_loss")
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that the page says of a run, as its files hold it."""
+
+    path: Path
+    name: str
+    recipe: Recipe
+    manifest: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+    samples: Sequence[Mapping[str, Any]]
+    figures: Mapping[str, Any]
+    """Of eval.json; empty where there are none."""
+    pairs: Sequence[Mapping[str, Any]]
+    """Of eval.pairs.jsonl."""
+    pairs_before: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, path: Path) -> Record:
+        """What lies in a run's directory. Raises InputError where there is no run."""
+        run, recipe = open_run(path)
+        figures = json.loads(run.eval.read_text(encoding="utf-8")) if run.eval.exists() else {}
+        return cls(
+            path=path,
+            name=str(path),
+            recipe=recipe,
+            manifest=read_manifest(run),
+            rows=whole_lines(run.metrics),
+            samples=whole_lines(run.samples),
+            figures=figures,
+            pairs=whole_lines(run.eval_pairs),
+            pairs_before=whole_lines(run.start_pairs),
+        )
+
+    @property
+    def last_step(self) -> int:
+        """Steps made so far."""
+        return max((row["step"] for row in self.rows), default=0)
+
+    @property
+    def health(self) -> Health:
+        """What its rows show."""
+        return diagnose(self.rows, beta=self.recipe.loss.beta, total_steps=self.manifest.get("steps") or self.last_step)
+
+    def points(self, key: str) -> Points:
+        """A column of `metrics.jsonl` over the steps."""
+        return [(row["step"], row[key]) for row in self.rows if isinstance(row.get(key), int | float)]
+
+    def margins(self, *, before: bool = False) -> list[float]:
+        """Each held-out pair's log odds ratio."""
+        pairs = self.pairs_before if before else self.pairs
+        return [pair["log_odds_ratio"] for pair in pairs if pair["log_odds_ratio"] is not None]
+
+    @property
+    def before(self) -> Mapping[str, Any]:
+        """The evaluation before the first step; empty where there was none."""
+        return next((row for row in self.rows if "eval_loss" in row and row["step"] == 0), {})
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of lines, up to a last one that is being written or was cut off; none without the file."""
+    found = []
+    with suppress(OSError, ValueError), path.open(encoding="utf-8") as lines:
+        for line in lines:
+            found.append(json.loads(line))
+    return found
+
+
+def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
+    """Write the page of a run into its directory, or of one or several runs to `output`; where it is.
+
+    Raises InputError where a path holds no run, or several have no place for their page.
+    """
+    records = [Record.of(path) for path in paths]
+    if output is None and len(records) > 1:
+        raise InputError("several runs have no directory for their page", "name a file with -o")
+    target = output or RunDirectory(paths[0]).report
+    if target.is_dir() or not target.parent.is_dir():
+        raise InputError(f"{target}: no file can be written there", "name a file in a directory that exists")
+    write_file(target, page(records))
+    return target
+
+
+def page(records: Sequence[Record]) -> str:
+    """The whole page: of one run with all that is known of it, of several with what compares them."""
+    one = records[0] if len(records) == 1 else None
+    title = f"orpo: {one.name}" if one else f"orpo: {len(records)} runs"
+    sections = of_one(one) if one else of_several(records)
+    body = "".join(f'<section id="{name}"><h2>{heading}</h2>{inside}</section>' for name, heading, inside in sections)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title>'
+        f"<style>{STYLE}</style></head>"
+        f"<body><main><h1>{escape(title)}</h1>{body}</main></body></html>\n"
+    )
+
+
+Sections = Iterator[tuple[str, str, str]]
+"""(id, heading, inside) of each."""
+
+
+def of_one(run: Record) -> Sections:
+    """The sections of a run's own page."""
+    yield "figures", "Held-out figures", held_out(run)
+    yield "health", "Health", health(run)
+    yield "curves", "Curves", grid(curves(run))
+    yield "pairs", "Held-out pairs", grid(of_pairs(run))
+    yield "samples", "Samples", samples(run)
+    yield "data", "Data", data(run)
+    recipe = escape(dump_recipe(run.recipe))
+    yield "recipe", "Recipe", f"<details open><summary>every key</summary><pre>{recipe}</pre></details>"
+    yield "versions", "Versions and machine", versions(run)
+
+
+def of_several(runs: Sequence[Record]) -> Sections:
+    """The sections of a page that compares runs."""
+    yield "figures", "Held-out figures", comparison(runs)
+    yield "health", "Health", "".join(f"<h3>{escape(run.name)}</h3>{health(run)}" for run in runs)
+    yield "curves", "Curves", grid(compared_curves(runs))
+    yield "pairs", "Held-out pairs", grid(compared_margins(runs))
+    yield "recipe", "What differs in the recipes", recipe_differences(runs)
+    rows = [[run.name, counts("train", run), counts("eval", run)] for run in runs]
+    yield "data", "Data", table(["run", "training pairs", "held-out pairs"], rows)
+    versions = sorted({package for run in runs for package in run.manifest.get("versions", {})})
+    rows = [[package, *(run.manifest.get("versions", {}).get(package, "-") for run in runs)] for package in versions]
+    yield "versions", "Versions", table(["", *(run.name for run in runs)], rows)
+
+
+# ---- sections ----
+
+
+def held_out(run: Record) -> str:
+    """The figures before and after, with their intervals."""
+    if not run.figures:
+        return note("No held-out figures: the recipe names no held-out pairs (data.eval), or the run is not finished.")
+    rows = []
+    for name in FIGURES:
+        low, high = run.figures.get(f"{name}_ci95", (None, None))
+        interval = f"{number(low)} to {number(high)}"
+        rows.append([words(name), number(run.before.get(f"eval_{name}")), number(run.figures.get(name)), interval])
+    return note(f"{run.figures['pairs']:,} pairs, scored before the first step and after the last.") + table(
+        ["", "before", "after", "95 % interval"], rows
+    )
+
+
+def health(run: Record) -> str:
+    """What was found, with numbers and advice."""
+    diagnosis = run.health
+    if not diagnosis.found:
+        return f'<p class="well">{escape(diagnosis.nothing_found.capitalize())}.</p>'
+    return "".join(
+        f'<div class="finding"><p><strong>{escape(finding.what[0].upper() + finding.what[1:])}</strong> '
+        f"({escape(finding.steps)})</p><p>{escape(finding.advice)}</p></div>"
+        for finding in diagnosis.findings()
+    )
+
+
+def curves(run: Record) -> Iterator[str]:
+    """How training went, step by step; points are the held-out pairs."""
+
+    def both(title: str, about: str, names: Sequence[tuple[str, str]], y: str, *, zero: bool = False) -> str:
+        series = []
+        for (key, label), colour in zip(names, COLOURS, strict=False):
+            series.append(Series(label, run.points(key), colour))
+            series.append(Series(f"{label}, held-out", run.points(f"eval_{key}"), colour, "line"))
+        return chart(title, about, series, x="step", y=y, zero=zero)
+
+    yield both(
+        "Loss",
+        "The loss and its two terms over the steps; the odds-ratio term without beta.",
+        [("loss", "loss"), ("nll_loss", "NLL"), ("or_loss", "odds-ratio term")],
+        "loss",
+    )
+    yield both(
+        "Log-probs of the answers",
+        "Mean log-prob of a token of the chosen and of the rejected answers over the steps: they should part.",
+        [("chosen_logps", "chosen"), ("rejected_logps", "rejected")],
+        "log-prob",
+    )
+    yield both(
+        "Log odds ratio",
+        "Mean log odds of chosen against rejected answers over the steps: it should rise above zero.",
+        [("log_odds_ratio", "log odds ratio")],
+        "log odds ratio",
+        zero=True,
+    )
+    yield both(
+        "Accuracy",
+        "Share of pairs whose chosen answer is the likelier one, over the steps.",
+        [("accuracy", "accuracy")],
+        "accuracy",
+    )
+    yield both("Gradient norm", "Norm of the gradient before clipping.", [("grad_norm", "norm")], "norm")
+    yield both("Learning rate", "The learning rate as applied, over the steps.", [("learning_rate", "rate")], "rate")
+
+
+def of_pairs(run: Record) -> Iterator[str]:
+    """The distribution of margins, and margins against lengths."""
+    yield histogram(
+        "Margins before and after",
+        "How many held-out pairs have which log odds ratio, before training and after: it should move to the right.",
+        [("before", run.margins(before=True), "b"), ("after", run.margins(), "a")],
+        x="log odds ratio of a pair",
+        y="pairs",
+    )
+    clouds: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for pair in run.pairs:
+        if (margin := pair["log_odds_ratio"]) is not None:
+            clouds[margin > 0].append((pair["chosen_tokens"] - pair["rejected_tokens"], margin))
+    yield chart(
+        "Margins and lengths",
+        "Each held-out pair's log odds ratio after training, by how many tokens its chosen answer is longer: a slope "
+        "says that length decides.",
+        [Series("ranked rightly", clouds[True], "a", "cloud"), Series("wrongly", clouds[False], "b", "cloud")],
+        x="tokens that the chosen answer is longer",
+        y="log odds ratio",
+        zero=True,
+    )
+
+
+def samples(run: Record) -> str:
+    """The answers to each sample prompt at the first evaluation and at the last."""
+    prompts = list(dict.fromkeys(sample["prompt"] for sample in run.samples))
+    if not prompts:
+        return note("No samples: the recipe names no train.sample_prompts.")
+    parts = []
+    for prompt in prompts:
+        made = [sample for sample in run.samples if sample["prompt"] == prompt]
+        parts.append(f'<div class="sample"><p class="prompt">{escape(prompt)}</p>')
+        for sample in made[:1] if len(made) == 1 else (made[0], made[-1]):
+            cut = "" if sample["ended"] else " (cut off: it had not ended)"
+            parts.append(f"<div><h4>step {sample['step']}{cut}</h4><pre>{escape(sample['answer'])}</pre></div>")
+        parts.append("</div>")
+    return "".join(parts)
+
+
+def data(run: Record) -> str:
+    """Pairs kept and rows dropped by reason, and where they came from."""
+    parts = []
+    for split, title in (("train", "training"), ("eval", "held-out")):
+        counted = (run.manifest.get("data") or {}).get(split)
+        if counted is None:
+            continue
+        rows = [["pairs used", counts(split, run)], ["rows read", number(counted.get("rows"))]]
+        rows += [[f"dropped: {reason}", f"{count:,}"] for reason, count in counted.get("dropped", {}).items()]
+        rows += [["truncated", f"{counted.get('truncated', 0):,}"]]
+        rows += [["source", f"{s.get('path')} (format {s.get('format')})"] for s in counted.get("sources", [])]
+        parts.append(f"<h3>{title}</h3>{table(['', ''], rows)}")
+    return "".join(parts) or note("The manifest says nothing of the data.")
+
+
+def versions(run: Record) -> str:
+    """Software, machine, base and command of a run."""
+    manifest = run.manifest
+    base = manifest.get("base", {})
+    rows = [[package, version] for package, version in manifest.get("versions", {}).items()]
+    rows += [["base", f"{base.get('name_or_path', '-')} {base.get('revision') or ''}"]]
+    rows += [[words(key), str(manifest.get(key, "-"))] for key in ("device", "processes", "threads", "seed", "command")]
+    return table(["", ""], rows)
+
+
+def comparison(runs: Sequence[Record]) -> str:
+    """The runs' held-out figures, one run a line."""
+    rows = []
+    for run in runs:
+        cells = [run.name, str(run.last_step), number(run.figures.get("pairs"))]
+        for figure in FIGURES:
+            low, high = run.figures.get(f"{figure}_ci95", (None, None))
+            spread = "" if low is None else f" ({number(low)} to {number(high)})"
+            cells.append(f"{number(run.figures.get(figure))}{spread}")
+        rows.append(cells)
+    return table(["run", "steps", "pairs", *map(words, FIGURES)], rows)
+
+
+def compared_curves(runs: Sequence[Record]) -> Iterator[str]:
+    """A chart a figure, a colour a run."""
+    for key in ("loss", "log_odds_ratio", "accuracy", "chosen_logps", "rejected_logps", "grad_norm"):
+        series = []
+        for run, colour in coloured(runs):
+            series.append(Series(run.name, run.points(key), colour))
+            series.append(Series(f"{run.name}, held-out", run.points(f"eval_{key}"), colour, "line"))
+        title = words(key).capitalize()
+        yield chart(title, f"{title} of each run over the steps.", series, x="step", y=words(key))
+
+
+def compared_margins(runs: Sequence[Record]) -> Iterator[str]:
+    """The margins of all runs in one chart."""
+    yield histogram(
+        "Margins after training",
+        "How many held-out pairs have which log odds ratio, for each run.",
+        [(run.name, run.margins(), colour) for run, colour in coloured(runs)],
+        x="log odds ratio of a pair",
+        y="pairs",
+    )
+
+
+def recipe_differences(runs: Sequence[Record]) -> str:
+    """The keys that are not the same in all runs."""
+    flat = [dict(flattened(run.recipe.model_dump(mode="json"))) for run in runs]
+    keys = sorted({key for one in flat for key in one if key != "output.dir"})
+    differing = [key for key in keys if len({json.dumps(one.get(key), sort_keys=True) for one in flat}) > 1]
+    if not differing:
+        return note("Nothing but the output directory.")
+    rows = [[key, *(json.dumps(one.get(key), ensure_ascii=False) for one in flat)] for key in differing]
+    return table(["key", *(run.name for run in runs)], rows)
+
+
+# ---- small things ----
+
+
+def coloured(runs: Sequence[Record]) -> Iterator[tuple[Record, str]]:
+    """Each run with a colour; beyond eight, colours come again."""
+    return ((run, COLOURS[i % len(COLOURS)]) for i, run in enumerate(runs))
+
+
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A recipe's keys, dotted, with their values."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def counts(split: str, run: Record) -> str:
+    """How many pairs a set has."""
+    counted = (run.manifest.get("data") or {}).get(split) or {}
+    return number(counted.get("pairs"))
+
+
+def number(value: Any) -> str:
+    """A figure, short."""
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def words(key: str) -> str:
+    """A key as people say it."""
+    said = {"or_loss": "odds-ratio term", "nll_loss": "NLL"}.get(key, key)
+    return said.replace("logps", "log-probs").replace("_", " ")
+
+
+def note(text: str) -> str:
+    """A quiet line."""
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows of cells, the first of each being its heading."""
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings) if any(headings) else ""
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in rows
+    )
+    head = f"<thead><tr>{head}</tr></thead>" if head else ""
+    return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
+
+
+def grid(figures: Iterable[str]) -> str:
+    """Figures beside each other, as many as there is room for."""
+    return f'<div class="figures">{"".join(figures)}</div>'
+
+
+_LIGHT = ("#2468b0", "#c2571a", "#2f7d4f", "#8a4fa3", "#a8840d", "#b53a57", "#2b8a96", "#6b6b6b")
+_DARK = ("#6cb0f5", "#f0975a", "#74c794", "#c795dd", "#dcbc4e", "#ee8199", "#6accd6", "#b0b0b0")
+
+
+def _palette(colours: Sequence[str]) -> str:
+    return "".join(f"--{letter}:{colour};" for letter, colour in zip(COLOURS, colours, strict=True))
+
+
+STYLE = (
+    f":root{{--ground:#fff;--card:#f6f7f9;--ink:#1b1f24;--soft:#5b6470;--rule:#d9dee4;--well:#2f7d4f;--ill:#b3261e;"
+    f"{_palette(_LIGHT)}}}"
+    f"@media(prefers-color-scheme:dark){{:root{{--ground:#14171b;--card:#1d2126;--ink:#e7eaee;--soft:#a0a9b4;"
+    f"--rule:#343b44;--well:#74c794;--ill:#ff8f86;{_palette(_DARK)}}}}}"
+    + "".join(f".{letter}{{--paint:var(--{letter})}}" for letter in COLOURS)
+    + """
+*{box-sizing:border-box}body{margin:0;background:var(--ground);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
+main{max-width:1040px;margin:0 auto;padding:24px 20px 60px}h1{font-size:1.5rem;overflow-wrap:anywhere}
+h2{font-size:1.15rem;margin:36px 0 12px;padding-bottom:6px;border-bottom:1px solid var(--rule)}
+h3{font-size:1rem;margin:18px 0 6px;overflow-wrap:anywhere}h4{margin:8px 0 2px;font-size:.85rem;color:var(--soft)}
+.note{color:var(--soft)}.well{color:var(--well);font-weight:600}
+.finding{border-left:4px solid var(--ill);background:var(--card);padding:8px 14px;margin:10px 0}.finding p{margin:2px 0}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));gap:18px}
+figure{margin:0;background:var(--card);border-radius:8px;padding:12px}figcaption{font-weight:600;margin-bottom:4px}
+svg{width:100%;height:auto;display:block}svg text{font:11px system-ui,sans-serif;fill:var(--soft)}
+path.grid{stroke:var(--rule);stroke-width:1}.axis,.zero{stroke:var(--soft);stroke-width:1;fill:none}
+.zero{stroke-dasharray:2 3}.line{fill:none;stroke:var(--paint);stroke-width:1.8;stroke-linejoin:round}
+.line.faint{opacity:.28;stroke-width:1}.line.dashed{stroke-dasharray:5 4;stroke-width:1.2}
+.dot{fill:var(--card);stroke:var(--paint);stroke-width:2}.cloud{fill:var(--paint);opacity:.55}.bar{fill:var(--paint);opacity:.55}
+.legend{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:.8rem;color:var(--soft);overflow-wrap:anywhere}
+.key::before{content:"";display:inline-block;width:12px;height:3px;margin-right:6px;vertical-align:middle;
+background:var(--paint)}.key.line::before{width:9px;height:9px;border-radius:50%;
+background:none;border:2px solid var(--paint)}.key.cloud,.key.bar{opacity:1}
+.key.cloud::before,.key.bar::before{height:10px;
+width:10px;opacity:.7}.key.cloud::before{border-radius:50%}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}th,td{text-align:left;padding:4px 18px 4px 0;
+border-bottom:1px solid var(--rule);vertical-align:top;overflow-wrap:anywhere}th{font-weight:600}
+td{font-variant-numeric:tabular-nums}pre{background:var(--card);padding:10px 12px;border-radius:6px;overflow-x:auto;
+white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85rem;margin:4px 0}.sample{margin:0 0 22px}
+.prompt{font-weight:600;white-space:pre-wrap;overflow-wrap:anywhere;margin:0}summary{cursor:pointer;color:var(--soft)}
+"""
+)
