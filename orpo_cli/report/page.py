@@ -426,7 +426,7 @@ background:none;border:2px solid var(--paint)}.key.cloud,.key.bar{opacity:1}
 .key.cloud::before,.key.bar::before{height:10px;
 width:10px;opacity:.7}.key.cloud::before{border-radius:50%}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}th,td{text-align:left;padding:4px 18px 4px 0;
-border-bottom:1px solid var(--rule);vertical-align:top;overflow-wrap:anywhere}th{font-weight:600}
+border-bottom:1px solid var(--rule);vertical-align:top;overflow-wrap:break-word}th{font-weight:600}
 td{font-variant-numeric:tabular-nums}pre{background:var(--card);padding:10px 12px;border-radius:6px;overflow-x:auto;
 white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85rem;margin:4px 0}.sample{margin:0 0 22px}
 .prompt{font-weight:600;white-space:pre-wrap;overflow-wrap:anywhere;margin:0}summary{cursor:pointer;color:var(--soft)}
