@@ -197,6 +197,41 @@ def train(
     )
 
 
+@app.command(rich_help_panel=TRAIN)
+def sweep(
+    recipe: RecipeFile,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="SECTION.KEY=V1,V2,...", help="Values to try, or one to keep; may be given repeatedly."
+        ),
+    ] = None,
+    output_dir: OutputDir = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep that the directory holds.")] = False,
+    metric: Annotated[
+        Literal["accuracy", "log_odds_ratio", "chosen_perplexity"], typer.Option(help="What the best has most of.")
+    ] = "accuracy",
+    tolerance: Annotated[
+        float,
+        typer.Option(min=0, metavar="SHARE", help="How far above the lowest the best's chosen perplexity may be."),
+    ] = 0.1,
+    samples: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Held-out prompts to answer, to see whether answers end.")
+    ] = 20,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="The longest answer.")] = 256,
+) -> None:
+    """A run for each point of a grid, judged on the held-out set: a table on stderr, JSON on stdout."""
+    from orpo_cli import sweep as grid
+    from orpo_cli.files import to_json
+
+    judging = grid.Judging(metric, samples, max_new_tokens, tolerance)
+    summary = grid.sweep(recipe, set_ or [], output_dir=output_dir, resume=resume, judging=judging)
+    typer.echo(to_json(summary), nl=False)
+    grid.show(summary)
+    if failed := [run["run"] for run in summary["runs"] if run["state"] == "failed"]:
+        raise RunError(f"of {len(summary['runs'])} runs failed: {', '.join(failed)}", "--resume tries them again")
+
+
 @app.command("eval", rich_help_panel=USE)
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, an adapter, or a model.")],

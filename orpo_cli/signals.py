@@ -93,6 +93,26 @@ def noted(announcement: str | None = None) -> Iterator[Noted]:
         signal.raise_signal(found.number)
 
 
+@contextmanager
+def passed_on(send: Callable[[int], object]) -> Iterator[Noted]:
+    """Within it, every signal is handed to `send`, which passes it on to a process that has the work to save.
+
+    The first one is noted, for whoever has to answer it once that process has ended.
+    """
+    found = Noted()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        found.number = found.number or number
+        send(number)
+
+    before = _install(pass_on)
+    try:
+        yield found
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def silence() -> None:
     """Nobody reads stderr any more (a terminal hung up, a pipe's reader gone): what is said from now on is lost."""
     null = os.open(os.devnull, os.O_WRONLY)

@@ -18,6 +18,7 @@ from orpo_cli.inspect import open_data, summarise
 from orpo_cli.recipe import load_recipe
 from orpo_cli.recipe.checks import NOT_YET
 from orpo_cli.recipe.schema import FILTER_OPERATORS, Recipe
+from orpo_cli.sweep import grid
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,7 +90,11 @@ def test_overrides_of_the_readme_fit_its_recipe(tmp_path):
     lines = [shlex.split(line, comments=True) for line in ORPO_LINES if "--set" in line]
     assert lines
     for words in lines:
-        load_recipe(path, [words[i + 1] for i, word in enumerate(words) if word == "--set"])
+        settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+        if words[1] == "sweep":
+            grid(path, settings)
+        else:
+            load_recipe(path, settings)
 
 
 def test_every_verb_is_explained():
