@@ -87,7 +87,7 @@ def main() -> None:
         raise SystemExit("error: there is nothing to compare with\nhint: give --trl")
 
     with tempfile.TemporaryDirectory() as name:
-        scratch = (options.keep or Path(name)).resolve()
+        scratch = (options.keep or Path(name)).resolve() / f"{options.layers} layers, {options.pairs} pairs"
         task = Task(scratch, scratch / "model", scratch / "pairs.jsonl", steps=options.pairs // BATCH)
         if not task.pairs.exists():
             scratch.mkdir(parents=True, exist_ok=True)
