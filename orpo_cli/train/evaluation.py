@@ -66,7 +66,7 @@ def evaluate(run: Run, stop: Noted, display: StepDisplay) -> bool:
             progress.stale += 1
         if progress.step < run.total_steps and patience_is_over(progress, recipe):
             say(f"stopping early: {name} has not been better since step {progress.best_step or 0}")
-            run.total_steps = progress.step
+            run.total_steps = run.health.total_steps = progress.step
         if progress.step == run.total_steps:
             run.last_scores = scores
     if run.samples is not None:
