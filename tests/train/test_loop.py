@@ -12,6 +12,7 @@ import pytest
 from orpo_cli.errors import Stopped
 from orpo_cli.recipe import load_recipe
 from orpo_cli.train import checkpoint, evaluation, loop
+from orpo_cli.train import run as training
 from orpo_cli.train.checkpoint import checkpoints
 from orpo_cli.train.run import Start, train
 from tests.conftest import write_tiny_recipe
@@ -37,6 +38,12 @@ def whole(tiny_base, tiny_pairs, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("whole")
     train(load_recipe(write_tiny_recipe(directory / "r.yaml", tiny_base, tiny_pairs, directory / "run", **CHANGES)))
     return directory / "run"
+
+
+@pytest.fixture(autouse=True)
+def without_rehearsal(monkeypatch):
+    """Signals come at a numbered call of the loop; those of the rehearsal before it are not to count."""
+    monkeypatch.setattr(training, "rehearse", lambda run: None)
 
 
 def signal_at(monkeypatch, owner: object, name: str, call: int, number: int = signal.SIGTERM) -> None:
