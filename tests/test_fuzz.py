@@ -217,7 +217,7 @@ def outcome(tokenise: PairTokenizer, path: Path, **data: Any) -> Any:
     section = DataSection.model_validate({"train": str(path), "max_dropped": 1.0, **data})
     try:
         pairs, _ = load_pairs(section, tokenise, TrainSection())
-        read = [(index, result) for index, _, result in pairs.reader.read() if index not in pairs.excluded]
+        read = [(index, result) for index, _, result in pairs.reader.read(only=pairs.usable)]
     except DataError as error:
         assert error.message.strip()  # noqa: PT017
         return error.message
