@@ -11,6 +11,8 @@ BENCH = --data $(DATA) --tokenizer $(TOKENIZER) --layers $(LAYERS)
 PEERS := $(strip $(if $(TRL),--trl $(TRL)) $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY)))
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# A test works in one thread: one process for each core, a core that is done takes over half of what another has left.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test faults fuzz lint check bench
@@ -27,13 +29,13 @@ demo: $(INSTALLED)  ## Tiny base, pairs, ORPO, answers before and after (DIR=dem
 	$(BIN)/orpo demo $(DIR) --overwrite
 
 test: $(INSTALLED)  ## All tests, the fault suite in its short form
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 faults: $(INSTALLED)  ## Runs killed, stopped, damaged and out of disk at every turn, then resumed: 1,500 runs
-	$(BIN)/python -m pytest tests/faults -m faults -sv
+	$(PYTEST) tests/faults -m faults -v
 
 fuzz: $(INSTALLED)  ## Recipes and rows of all kinds, 10,000 inputs of each, some half an hour
-	ORPO_FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_fuzz.py
+	ORPO_FUZZ_EXAMPLES=10000 $(PYTEST) tests/test_fuzz.py
 
 lint: $(INSTALLED)  ## Format, lint and types
 	$(BIN)/ruff format --check

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.faults.harness import Runs, tally
@@ -10,6 +12,17 @@ from tests.faults.harness import Runs, tally
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("faults"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where several processes share the tests, each hands in its own count."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tally"] = dict(tally)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    tally.update(getattr(node, "workeroutput", {}).get("tally", {}))  # nothing of one that crashed
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -105,7 +105,6 @@ def kill_at_calls(runs: Runs, kind: str, directory: Path, mechanism: str, first:
         except AssertionError as error:
             raise AssertionError(f"killed at call {call}, {last}") from error
         tally[f"SIGKILLs at a {last.split()[0]} ({mechanism})"] += 1
-    print(f"{kind}: killed at calls {first}, {first + every}, ... of {total} ({mechanism})", flush=True)
 
 
 @pytest.mark.parametrize("mechanism", ["python", "libc"])
