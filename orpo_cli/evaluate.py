@@ -44,7 +44,6 @@ from orpo_cli.model.load import classifier_section, load_classifier
 from orpo_cli.model.logprobs import PairLogprobs, inference
 from orpo_cli.model.memory import scoring_tokens
 from orpo_cli.recipe import LossSection, Recipe, load_recipe
-from orpo_cli.run import Subject, find_subject
 from orpo_cli.statistics import (
     bootstrap,
     groups,
@@ -54,6 +53,7 @@ from orpo_cli.statistics import (
     sign_flip_test,
     sign_test,
 )
+from orpo_cli.subject import Subject, find_subject
 
 # Values of a column that pairs are grouped by.
 MAX_SLICES = 100

@@ -30,7 +30,8 @@ from orpo_cli.model.build import (
 from orpo_cli.model.load import load_config
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import ModelSection, Recipe
-from orpo_cli.run import LOCK, RunDirectory, Subject, find_subject, held, read_manifest
+from orpo_cli.run import LOCK, RunDirectory, held, read_manifest
+from orpo_cli.subject import Subject, find_subject
 
 # Pairs on which the weights merged from a quantised run are compared with what was trained, on the CPU.
 MEASURED_PAIRS = 4

@@ -23,20 +23,12 @@ from orpo_cli.model.outline import outline, packed
 from orpo_cli.recipe import Recipe
 from orpo_cli.report.health import Health
 from orpo_cli.signals import Noted
-from orpo_cli.train.distributed import Processes, seed_everything
+from orpo_cli.train.distributed import Processes, make_deterministic, seed_everything
 from orpo_cli.train.evaluation import evaluation_steps, score_together
 from orpo_cli.train.loop import gradients_within_memory, steps_to_come
+from orpo_cli.train.needs import checkpoint_bytes, final_bytes, in_words, needs_of, plan_memory, savings
 from orpo_cli.train.optimizer import Optimizer, check_optimizer, learning_rate
 from orpo_cli.train.rehearsal import rehearse
-from orpo_cli.train.run import (
-    checkpoint_bytes,
-    final_bytes,
-    in_words,
-    make_deterministic,
-    needs_of,
-    plan_memory,
-    savings,
-)
 from orpo_cli.train.state import Progress, Run
 
 # Steps that are timed; the first ones are slower than all others.

@@ -29,6 +29,7 @@ from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import load_recipe
 from orpo_cli.run import LOCK, held
 from orpo_cli.runs import list_runs
+from orpo_cli.train import finish as finish_module
 from orpo_cli.train import loop
 from orpo_cli.train import run as run_module
 from orpo_cli.train.checkpoint import newest_sound
@@ -673,7 +674,8 @@ def test_a_disk_that_fills_up_midway_costs_nothing_but_time(tiny_recipe, tiny_ru
     resize(disk, kib)
     recipe = tiny_recipe(output={"dir": str(disk / "run")})
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "require_space", lambda directory, needed, what: None)
+        for module in (run_module, finish_module):
+            patch.setattr(module, "require_space", lambda directory, needed, what: None)
         with pytest.raises(OSError, match="No space left") as error:
             train(load_recipe(recipe))
     assert error.value.filename.startswith(str(disk / "run"))
