@@ -451,7 +451,8 @@ def evaluate_target(
         write_file(extras.answers, to_json(alpaca_eval(said, asked, generator=target)))
     if output is not None:
         write_file(output, to_json(figures))
-        write_file(output.with_suffix(".pairs.jsonl"), to_json_lines(pair_lines(scores, listed, of_base)))
+        if output.is_file():  # nothing lies beside a device or a pipe
+            write_file(output.with_suffix(".pairs.jsonl"), to_json_lines(pair_lines(scores, listed, of_base)))
     return figures
 
 

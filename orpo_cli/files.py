@@ -98,10 +98,14 @@ def make_directory(path: Path) -> None:
         sync(path.parent)
 
 
-def require_space(directory: Path, needed: int, what: str) -> None:
-    """Raise RunError where the disk that a directory is on, or will be, has no room for so many bytes."""
+def require_space(directory: Path, needed: int, what: str, *, given_up: Iterable[Path] = ()) -> None:
+    """Raise RunError where the disk that a directory is on, or will be, has no room for so many bytes.
+
+    What lies in `given_up`, on that disk, is to be deleted before they are written.
+    """
     there = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(there).free
+    files = (file for path in given_up for file in (path, *path.rglob("*")) if file.is_file() and not file.is_symlink())
+    free = shutil.disk_usage(there).free + sum(file.stat().st_size for file in files)
     if free < needed:
         raise RunError(
             f"{directory}: {os.strerror(errno.ENOSPC)} for {what}: it takes {needed / 2**30:,.4g} GiB, "

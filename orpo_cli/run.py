@@ -98,7 +98,7 @@ class RunDirectory:
 
     def holds_run(self) -> bool:
         """Whether a run was started here."""
-        return any((self.path / name).exists() for name in (*FILES, *DIRECTORIES))
+        return any(path.exists() for path in self.parts())
 
     @contextmanager
     def claimed(self, *, resume: bool, overwrite: bool) -> Iterator[None]:
@@ -113,10 +113,10 @@ class RunDirectory:
         for parent, child in pairwise([*reversed(whole.parents), whole]):
             if child.name in DIRECTORIES and (parent / "manifest.json").is_file():
                 raise InputError(f"{self.path} lies inside the run {parent}", "name another directory")
-        for name in (*FILES, *DIRECTORIES):
-            if (self.path / name).is_symlink():
+        for path in self.parts():
+            if path.is_symlink():
                 raise InputError(
-                    f"{self.path / name} is a link, and a run writes nothing outside of its directory",
+                    f"{path} is a link, and a run writes nothing outside of its directory",
                     "remove the link; a run that needs more room takes another --output-dir",
                 )
         with held(self.path / LOCK, self.path):
@@ -128,10 +128,14 @@ class RunDirectory:
             recover_all(self.path, (*FILES, *DIRECTORIES).__contains__)
             yield
 
+    def parts(self) -> list[Path]:
+        """All that a run writes, there or not."""
+        return [self.path / name for name in (*DIRECTORIES, *FILES)]
+
     def clear(self) -> None:
         """Remove the run that is here, and nothing else."""
-        for name in (*DIRECTORIES, *FILES):  # without checkpoints, what a kill leaves of it cannot be gone on with
-            remove(self.path / name)
+        for path in self.parts():  # without checkpoints, what a kill leaves of it cannot be gone on with
+            remove(path)
 
 
 @contextmanager

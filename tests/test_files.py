@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -275,3 +276,16 @@ def test_numbers_that_json_does_not_have_become_null():
 def test_json_lines_keep_the_order_of_keys():
     assert to_json_lines([{"b": 1, "a": "x\ny"}, {}]) == '{"b": 1, "a": "x\\ny"}\n{}\n'
     assert to_json_lines([]) == ""
+
+
+def test_what_is_given_up_makes_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    (tmp_path / "old" / "deep").mkdir(parents=True)
+    (tmp_path / "old" / "deep" / "file").write_bytes(bytes(600))
+    (tmp_path / "other").write_bytes(bytes(300))
+    (tmp_path / "old" / "link").symlink_to(tmp_path / "other")
+    given_up = [tmp_path / "old", tmp_path / "absent"]
+    require_space(tmp_path, 1600, "this", given_up=given_up)
+    with pytest.raises(RunError, match="No space left"):
+        require_space(tmp_path, 1601, "this", given_up=given_up)
+    require_space(tmp_path, 1601, "this", given_up=[*given_up, tmp_path / "other"])

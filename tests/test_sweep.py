@@ -1,4 +1,4 @@
-"""A grid of runs: how it is written, which run is the best by the rule, and that a failure does not end it."""
+"""A grid of runs: how it is written, which run is the best by the rule, and that neither failures nor kills end it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from orpo_cli.errors import InputError, RecipeError, Stopped
 from orpo_cli.recipe import load_recipe
 from orpo_cli.run import RunDirectory
 from orpo_cli.sweep import Judging, choose, grid, run_name, split_values
+from tests.runs import same_files
 from tests.shared import shared
 
 FEW = ("--samples", "2", "--max-new-tokens", "4")
@@ -241,6 +242,38 @@ def test_another_order_of_the_pairs_is_told(tiny_recipe, orpo, at_once):
     code, out, said = orpo("sweep", tiny_recipe(), "--set", "train.seed=1,2", *FEW)
     assert (code, json.loads(out)["same_data_order"]) == (0, False)
     assert "warning: the runs did not see the training pairs in the same order" in said
+
+
+LONG = {"max_steps": 80, "save_steps": 100_000, "eval_on_start": False}
+
+
+def test_stopped_and_resumed_it_comes_to_the_same(tiny_recipe, tmp_path, orpo, at_once):
+    """Real processes: a signal to the sweep alone is passed on, and its run saves the step it is at."""
+    recipe = tiny_recipe(train=LONG)
+    line = ["sweep", recipe, "--set", "loss.beta=0,0.5", *FEW, "--output-dir"]
+    command = [sys.executable, "-m", "orpo_cli", *map(str, line), str(tmp_path / "stopped")]
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "stopped/beta-0/metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert started.poll() is None
+        time.sleep(0.05)
+    os.kill(started.pid, signal.SIGTERM)
+    out, said = started.communicate(timeout=120)
+    assert (started.returncode, out) == (143, "")
+    assert said.splitlines()[-1] == "stopped by SIGTERM; --resume goes on with the sweep"
+    assert len(list((tmp_path / "stopped/beta-0/checkpoints").iterdir())) == 1
+    assert not (tmp_path / "stopped/beta-0/eval.json").exists()
+
+    for name, more in (("stopped", ["--resume"]), ("undisturbed", [])):
+        code, _, said = orpo(*line, tmp_path / name, *more)
+        assert code == 0, said
+    one, other = (
+        json.loads((tmp_path / name / "sweep.json").read_text()) | {"directory": ""}
+        for name in ("stopped", "undisturbed")
+    )
+    assert one == other
+    for run in ("beta-0", "beta-0.5"):
+        same_files(tmp_path / "stopped" / run, tmp_path / "undisturbed" / run, checkpoints=False)
 
 
 def test_a_signal_before_the_process_is_there_is_not_lost(monkeypatch):

@@ -201,7 +201,7 @@ def gradients_within_memory(run: Run, step: int, data: StepData) -> Tensor:
         run.use_fewer_tokens(smaller)
         run.optimizer.zero_grad()
         torch.cuda.empty_cache()  # does nothing where there is no CUDA
-        warn(f"out of memory in step {step}: computed anew, from here on with {smaller:,} tokens at once")
+        warn(f"out of memory: computed anew, from here on with {smaller:,} tokens at once")
 
 
 def step_gradients(run: Run, step: int, data: StepData) -> Tensor:

@@ -108,11 +108,11 @@ def train_in(run: RunDirectory, recipe: Recipe, start: Start, processes: Process
     checkpoint_layers(built.base, plan.checkpointed_layers)
     record |= of_model(record, built, plan) | {"steps": total_steps}
     if processes.is_main:
-        if start.overwrite:
-            run.clear()
         parts = [checkpoint_bytes(recipe, built, optimizer), final_bytes(recipe, built)]
         needed = sum(parts) if checkpoint is None else max(parts)  # the next checkpoint takes the place of an old one
-        require_space(run.path, needed, "the run")
+        require_space(run.path, needed, "the run", given_up=run.parts() if start.overwrite else ())
+        if start.overwrite:
+            run.clear()
         write_file(run.manifest, to_json(record))  # first: it says if the recipe is another than before
         write_file(run.recipe, dump_recipe(recipe))
 

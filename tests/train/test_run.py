@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -669,13 +670,22 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_step(tiny_recipe, dis
     assert list((disk / "run").iterdir()) == []
 
 
+def test_a_run_that_is_to_be_overwritten_stays_where_there_is_no_room_for_another(tiny_recipe, tmp_path, monkeypatch):
+    train(load_recipe(tiny_recipe()))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    monkeypatch.setattr("orpo_cli.files.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(RunError, match="No space left on device for the run"):
+        train(load_recipe(tiny_recipe(lora={"r": 256})), Start(overwrite=True))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
 @pytest.mark.parametrize("kib", [60, 150, 250])
 def test_a_disk_that_fills_up_midway_costs_nothing_but_time(tiny_recipe, tiny_run, disk, monkeypatch, kib):
     resize(disk, kib)
     recipe = tiny_recipe(output={"dir": str(disk / "run")})
     with monkeypatch.context() as patch:
         for module in (run_module, finish_module):
-            patch.setattr(module, "require_space", lambda directory, needed, what: None)
+            patch.setattr(module, "require_space", lambda *where, **given_up: None)
         with pytest.raises(OSError, match="No space left") as error:
             train(load_recipe(recipe))
     assert error.value.filename.startswith(str(disk / "run"))
