@@ -8,7 +8,8 @@ first. Pairs a second are of the evaluation alone: the model is loaded and the p
 memory are the whole process's. Ratios are taken round by round: their median, and their range.
 
 The figures are compared at TRL's micro-batch of 1 and under autocast, where its loss is the mean over pairs of each
-one's token mean, prompt included, as ours with `nll_tokens: all` and `nll_reduction: pair`.
+one's token mean, prompt included, as ours with `nll_tokens: all` and `nll_reduction: pair`. Ours runs by its default
+too, which takes the NLL over the response.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ from common import (
 )
 
 
-def evaluate_ours(task: Task) -> Evaluated:
+def evaluate_ours(task: Task, nll_tokens: str) -> Evaluated:
     """One `orpo eval` of the base model."""
-    recipe = write_recipe(task, ("all", "pair"))
+    recipe = write_recipe(task, (nll_tokens, "pair"))
     command = [sys.executable, HERE / "timed_eval.py", task.model, "--data", task.pairs, "--recipe", recipe]
     process = run_process(command, task.scratch)
     seconds, figures = process.output.split("\n", 1)
@@ -67,7 +68,7 @@ def main() -> None:
         apart(make_model, task.model, options.layers, options.tokenizer)
         apart(make_pairs, task.pairs, options.data, options.tokenizer, options.pairs)
 
-        ours, theirs = evaluate_ours(task), evaluate_trl(task, options.trl, Setting())
+        ours, theirs = evaluate_ours(task, "all"), evaluate_trl(task, options.trl, Setting())
         assert ours.pairs == theirs.pairs
         print(f"{machine()}; {options.layers} layers, {ours.pairs} pairs\n")
         print("| | orpo | TRL |\n|---|---|---|")
@@ -76,9 +77,10 @@ def main() -> None:
         settings = [Setting(micro, autocast=autocast) for autocast in (True, False) for micro in MICRO]
         setting = sweep("TRL", lambda setting: evaluate_trl(task, options.trl, setting), settings)
 
-        runs: dict[str, list[Evaluated]] = {"orpo": [], "TRL": []}
+        runs: dict[str, list[Evaluated]] = {"orpo, NLL like TRL": [], "orpo": [], "TRL": []}
         for _ in range(options.rounds):
-            runs["orpo"].append(evaluate_ours(task))
+            runs["orpo, NLL like TRL"].append(evaluate_ours(task, "all"))
+            runs["orpo"].append(evaluate_ours(task, "response"))
             runs["TRL"].append(evaluate_trl(task, options.trl, setting))
 
     print(f"\nTRL: {setting}; {options.rounds} rounds: median (lowest to highest)\n")
@@ -90,11 +92,14 @@ def main() -> None:
             spread(run.peak_gib for run in of_side),
         ]
         print(f"| {side} | {' | '.join(cells)} |")
-    print(
-        f"\nTRL over orpo: time of the evaluation {ratios(runs['TRL'], runs['orpo'], lambda run: run.seconds)}, "
-        f"seconds in all {ratios(runs['TRL'], runs['orpo'], lambda run: run.wall)}, "
-        f"memory {ratios(runs['TRL'], runs['orpo'], lambda run: run.peak_gib)}"
-    )
+    print()
+    theirs_of_rounds = runs.pop("TRL")
+    for side, of_side in runs.items():
+        print(
+            f"TRL over {side}: time of the evaluation {ratios(theirs_of_rounds, of_side, lambda run: run.seconds)}, "
+            f"seconds in all {ratios(theirs_of_rounds, of_side, lambda run: run.wall)}, "
+            f"memory {ratios(theirs_of_rounds, of_side, lambda run: run.peak_gib)}"
+        )
 
 
 if __name__ == "__main__":
