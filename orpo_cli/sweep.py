@@ -34,6 +34,7 @@ from orpo_cli.data.statistics import wilson
 from orpo_cli.errors import InputError, Stopped
 from orpo_cli.files import make_directory, to_json, write_file
 from orpo_cli.recipe import Recipe, dump_recipe, load_recipe, strict_yaml
+from orpo_cli.report import page
 from orpo_cli.report.metrics import read_metrics
 from orpo_cli.report.terminal import say, warn
 from orpo_cli.run import LOCK, RunDirectory, held, read_manifest
@@ -193,6 +194,9 @@ def sweep(
             merge = best.recipe.output.merge
             write_file(directory / "best.yaml", dump_recipe(_written_to(best.recipe, directory / "best", merge=merge)))
         write_file(summary_file, to_json(summary))
+        if finished := [directory / run["run"] for run in summary["runs"] if run["state"] == "finished"]:
+            told = page.table(_headings(summary), _rows(summary)) + "".join(map(page.note, _conclusion(summary)))
+            page.write_report(finished, directory / "sweep.html", opening=[("sweep", _title(summary), told)])
     return summary
 
 
@@ -412,17 +416,36 @@ def _read_runs(path: Path, judging: Judging) -> dict[str, dict[str, Any]]:
 
 def show(summary: Mapping[str, Any]) -> None:
     """The runs as a table, the best one, and what it cost, on stderr."""
-    table = Table(title=f"chosen by {summary['metric'].replace('_', ' ')}", title_justify="left", box=None)
-    shown = list(dict.fromkeys((summary["metric"], "accuracy", "chosen_perplexity", "ended")))
-    for heading in ("run", *(_HEADINGS.get(key, key.replace("_", " ")) for key in shown), ""):
+    table = Table(title=_title(summary), title_justify="left", box=None)
+    for heading in _headings(summary):
         table.add_column(heading, justify="left" if heading in ("run", "") else "right")
-    for run in summary["runs"]:
-        style = "bold" if run["verdict"] == "best" else None
-        table.add_row(run["run"], *(_cell(run, key) for key in shown), _WORDS[run["verdict"]], style=style)
+    for run, cells in zip(summary["runs"], _rows(summary, between="\n"), strict=True):
+        table.add_row(*cells, style="bold" if run["verdict"] == "best" else None)
     say()
     say(table)
     for line in _conclusion(summary):
         say(line)
+    if any(run["state"] == "finished" for run in summary["runs"]):
+        say(f"page: {Path(summary['directory']) / 'sweep.html'}")
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    return f"chosen by {summary['metric'].replace('_', ' ')}"
+
+
+def _shown(summary: Mapping[str, Any]) -> list[str]:
+    """The figures that the choice weighs."""
+    return list(dict.fromkeys((summary["metric"], "accuracy", "chosen_perplexity", "ended")))
+
+
+def _headings(summary: Mapping[str, Any]) -> list[str]:
+    return ["run", *(_HEADINGS.get(key, key.replace("_", " ")) for key in _shown(summary)), ""]
+
+
+def _rows(summary: Mapping[str, Any], between: str = " ") -> Iterator[list[str]]:
+    """A run's cells: its name, figures with their intervals, and its verdict."""
+    for run in summary["runs"]:
+        yield [run["run"], *(_cell(run, key, between) for key in _shown(summary)), _WORDS[run["verdict"]]]
 
 
 _HEADINGS = {"chosen_perplexity": "perplexity", "ended": "answers end"}
@@ -437,7 +460,7 @@ _WORDS = {
 }
 
 
-def _cell(run: Mapping[str, Any], key: str, between: str = "\n") -> str:
+def _cell(run: Mapping[str, Any], key: str, between: str = " ") -> str:
     """A figure and its interval."""
     if run.get(key) is None:
         return "-"
@@ -450,9 +473,9 @@ def _conclusion(summary: Mapping[str, Any]) -> Iterator[str]:
     best = summary["best"]
     if best is None:
         return
-    figure = f"{summary['metric'].replace('_', ' ')} {_cell(best, summary['metric'], ' ')}"
+    figure = f"{summary['metric'].replace('_', ' ')} {_cell(best, summary['metric'])}"
     low, high = best["perplexity_cost_ci95"]
-    yield f"best: {best['run']}, {figure}; chosen perplexity {_cell(best, 'chosen_perplexity', ' ')}"
+    yield f"best: {best['run']}, {figure}; chosen perplexity {_cell(best, 'chosen_perplexity')}"
     if best["run"] == best["lowest_perplexity_run"]:
         yield "  which is the lowest of all"
     else:

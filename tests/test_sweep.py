@@ -201,6 +201,16 @@ def test_a_sweep_from_recipe_to_table(tiny_recipe, tmp_path, orpo, at_once):
     low, high = best["perplexity_cost_ci95"]
     assert low <= best["perplexity_cost"] <= high
     assert f"best: {best['run']}, accuracy " in said
+    html = (tmp_path / "run/sweep.html").read_text()
+    for told in (
+        "chosen by accuracy",
+        "answers end",
+        *(run["run"] for run in summary["runs"]),
+        f"{best['accuracy']:.1%}",
+    ):
+        assert told in html
+    assert f"best: {best['run']}, accuracy " in html
+    assert 'id="curves"' in html
 
     # The winner's recipe is a whole one: training by it makes the run anew, and merges.
     code, _, said = orpo("train", tmp_path / "run/best.yaml")
@@ -227,6 +237,7 @@ def test_a_run_that_fails_does_not_end_the_sweep(tiny_recipe, tmp_path, orpo, at
     code, out, said = orpo("sweep", tiny_recipe(), "--set", "train.learning_rate=1e30,0.01", *FEW)
     assert code == 1
     assert "error: of 2 runs failed: learning_rate-1e+30\nhint: --resume" in said
+    assert "failed</td>" in (tmp_path / "run/sweep.html").read_text()
     summary = json.loads(out)
     assert [run["verdict"] for run in summary["runs"]] == ["failed", "best"]
     assert load_recipe(tmp_path / "run/best.yaml").train.learning_rate == 0.01

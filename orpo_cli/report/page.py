@@ -24,6 +24,8 @@ from orpo_cli.run import RunDirectory, open_run, read_manifest
 COLOURS = "abcdefgh"
 """The page's colours: classes that its style gives a colour to."""
 FIGURES = ("accuracy", "log_odds_ratio", "chosen_logps", "rejected_logps", "loss", "nll_loss", "or_loss")
+Sections = Iterable[tuple[str, str, str]]
+"""(id, heading, inside) of each."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,10 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
+def write_report(paths: Sequence[Path], output: Path | None = None, *, opening: Sections = ()) -> Path:
     """Write the page of a run into its directory, or of one or several runs to `output`; where it is.
+
+    `opening`: sections to put before those of the runs.
 
     Raises InputError where a path holds no run, or several have no place for their page.
     """
@@ -104,15 +108,15 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
     target = output or RunDirectory(paths[0]).report
     if target.is_dir() or not target.parent.is_dir():
         raise InputError(f"{target}: no file can be written there", "name a file in a directory that exists")
-    write_file(target, page(records))
+    write_file(target, page(records, opening))
     return target
 
 
-def page(records: Sequence[Record]) -> str:
+def page(records: Sequence[Record], opening: Sections = ()) -> str:
     """The whole page: of one run with all that is known of it, of several with what compares them."""
     one = records[0] if len(records) == 1 else None
     title = f"orpo: {one.name}" if one else f"orpo: {len(records)} runs"
-    sections = of_one(one) if one else of_several(records)
+    sections = (*opening, *(of_one(one) if one else of_several(records)))
     body = "".join(f'<section id="{name}"><h2>{heading}</h2>{inside}</section>' for name, heading, inside in sections)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -122,10 +126,6 @@ def page(records: Sequence[Record]) -> str:
         f"<style>{STYLE}</style></head>"
         f"<body><main><h1>{escape(title)}</h1>{body}</main></body></html>\n"
     )
-
-
-Sections = Iterator[tuple[str, str, str]]
-"""(id, heading, inside) of each."""
 
 
 def of_one(run: Record) -> Sections:
