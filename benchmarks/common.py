@@ -292,7 +292,7 @@ def train_ours(task: Task, nll: tuple[str, str], overrides: Iterable[str] = ()) 
     recipe, run = write_recipe(task, nll), task.scratch / "run"
     command = [sys.executable, "-m", "orpo_cli", "train", recipe, "--output-dir", run, "--overwrite"]
     process = run_process([*command, *(a for s in overrides for a in ("--set", s))], task.scratch)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for line in (run / "metrics.jsonl").read_text().splitlines() if "loss" in (row := json.loads(line))]
     return Trained(
         pairs=sum(row["pairs"] for row in rows),
         seconds=[row["seconds"] for row in rows],

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0].read_text(encoding="utf-8")
 DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+OUTPUT = (ROOT / "docs" / "output.md").read_text(encoding="utf-8")
 
 
 def fenced(text: str, language: str) -> list[str]:
@@ -132,7 +133,7 @@ def test_a_run_directory_holds_what_is_listed(tiny_run):
 
 def test_metrics_keys_are_those_of_a_run(tiny_run):
     rows = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
-    named = keys_of_tables(section(README, "metrics.jsonl"))
+    named = keys_of_tables(section(OUTPUT, "metrics.jsonl"))
     evaluation = {key for key in named if key.startswith("eval_")}
     training = set(named) - evaluation
     assert len(named) == len(set(named))
@@ -143,7 +144,7 @@ def test_metrics_keys_are_those_of_a_run(tiny_run):
 
 def test_eval_keys_are_those_of_a_run(tiny_run):
     figures = json.loads((tiny_run / "eval.json").read_text())
-    assert set(keys_of_tables(section(README, "eval.json"))) == {k for k in figures if not k.endswith("_ci95")}
+    assert set(keys_of_tables(section(OUTPUT, "eval.json"))) == {k for k in figures if not k.endswith("_ci95")}
 
 
 def test_keys_of_the_datas_figures_are_those_of_a_recipe(tiny_recipe):
