@@ -78,7 +78,7 @@ class Source:
 
 
 def open_sources(
-    specs: Sequence[SourceSpec], section: DataSection, usual_splits: tuple[str, ...] = ("train",)
+    specs: Sequence[SourceSpec], section: DataSection, usual_splits: tuple[str, ...] = ("train", "train_prefs")
 ) -> list[Source]:
     """Open every source and recognise its format from its first rows. Raises DataError.
 
@@ -462,7 +462,7 @@ def load_eval_pairs(
     section: DataSection, specs: Sequence[SourceSpec], tokenise: PairTokenizer, tell: Tell = tell_nobody
 ) -> PairSet:
     """A held-out set of its own, kept in memory."""
-    reader = PairReader(open_sources(specs, section, ("test", "validation")), section, tokenise)
+    reader = PairReader(open_sources(specs, section, ("test", "validation", "test_prefs")), section, tokenise)
     pairs, _ = survey(reader, section, None, keep=True, tell=tell)
     return pairs
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Protocol
 
 from orpo_cli.errors import DataError
@@ -56,12 +57,23 @@ class Drop(Exception):  # noqa: N818 - it drops a row, which is no error
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """A column that says which of two answers is better, by a number: one of `first`, `second` or `tie`."""
+
+    column: str
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+    tie: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Format:
     """Where a source's rows keep the pair, in our names (after the recipe's `columns`).
 
     `prompt` names the columns that make the prompt, joined by a blank line; none where whole dialogues stand
     in `chosen` and `rejected`. `dialogue_text`: dialogues are text, "Human: ... Assistant: ...".
-    `repeats_prompt`: the responses begin with their prompt, which is cut off.
+    `repeats_prompt`: the responses begin with their prompt, which is cut off. `verdict`: says of each row whether
+    `chosen` and `rejected` are what they are called, or the other way round.
     """
 
     name: str
@@ -71,7 +83,10 @@ class Format:
     rejected: str = "rejected"
     dialogue_text: bool = False
     repeats_prompt: bool = False
+    verdict: Verdict | None = None
 
+
+_STRENGTH = {"first": (-3, -2, -1), "second": (1, 2, 3), "tie": (0,)}
 
 # In the order in which they are tried; any of these columns may hold text, one message or a list of messages.
 _LAYOUTS = (
@@ -81,15 +96,58 @@ _LAYOUTS = (
     Format("sharegpt", "the dialogue so far, and two answers", ("conversations",)),
     Format("input", "strings or messages", ("input",)),
     Format("paired", "two responses, the preferred one first", ("question",), "response_j", "response_k"),
+    *(  # SHP, HelpSteer2 and HelpSteer3
+        Format("judged", "two responses, and which is better", (prompt,), first, second, verdict=verdict)
+        for prompt, first, second, verdict in (
+            ("history", "human_ref_A", "human_ref_B", Verdict("labels", first=(1,), second=(0,))),
+            ("prompt", "response_1", "response_2", Verdict("preference_strength", **_STRENGTH)),
+            ("context", "response1", "response2", Verdict("overall_preference", **_STRENGTH)),
+        )
+    ),
     Format("messages", "whole dialogues; what they have in common is the prompt", ()),
     Format("hh", 'whole dialogues as text, "Human: ... Assistant: ..."', (), dialogue_text=True),
 )
 
-FORMATS: tuple[str, ...] = tuple(layout.name for layout in _LAYOUTS)
+FORMATS: tuple[str, ...] = tuple(dict.fromkeys(layout.name for layout in _LAYOUTS))
 """What `data.format` may name, besides `auto`."""
 
 COLUMNS: tuple[str, ...] = ("prompt", "chosen", "rejected", "system", "instruction", "input")
 """Our names, which `columns` may map to others."""
+
+# What to write for well-known rows that are no pairs by themselves: the columns that tell them, and the source's keys.
+_MAPPINGS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("instruction", "output.1"),  # LLaMA-Factory's former ranked data, the best answer first
+        """\
+columns:
+  chosen: output.0
+  rejected: output.-1""",
+    ),
+    (
+        ("instruction", "completions.0.overall_score"),  # UltraFeedback before it was binarised
+        """\
+columns:
+  prompt: instruction
+  chosen: completions[max overall_score].response
+  rejected: completions[min overall_score].response""",
+    ),
+    (
+        ("prompt.replies", "message_tree_id"),  # OpenAssistant's trees, of which the first turn is ranked
+        """\
+columns:
+  prompt: prompt.text
+  chosen: prompt.replies[min rank].text
+  rejected: prompt.replies[max rank].text""",
+    ),
+    (
+        ("prompt", "response", "helpfulness"),  # HelpSteer: a row for each answer, one below the other
+        """\
+group_by: prompt
+columns:
+  chosen: rows[max helpfulness].response
+  rejected: rows[min helpfulness].response""",
+    ),
+)
 
 
 def recognise(rows: Sequence[Row], columns: Mapping[str, str] | None = None, name: str = "auto") -> Format:
@@ -103,6 +161,8 @@ def recognise(rows: Sequence[Row], columns: Mapping[str, str] | None = None, nam
         raise DataError("the data has no readable row")
     _check_mapping(rows, columns)
     allowed = [layout for layout in _LAYOUTS if name in ("auto", layout.name)]
+    if not columns.keys().isdisjoint(("chosen", "rejected")):
+        allowed = [layout for layout in allowed if (layout.chosen, layout.rejected) == ("chosen", "rejected")]
     # A layout whose prompt the recipe maps goes before those that are found by their usual names.
     allowed.sort(key=lambda layout: columns.keys().isdisjoint(layout.prompt))
     fitting: dict[Format, list[Row]] = {}
@@ -115,9 +175,20 @@ def recognise(rows: Sequence[Row], columns: Mapping[str, str] | None = None, nam
     asked = "" if name == "auto" else f" of the format {name!r}"
     raise DataError(
         f"no preference pair{asked} is recognised in these rows; the first one is\n{show_row(rows[0])}",
+        _mapping_to_write(rows[0]),
+    )
+
+
+def _mapping_to_write(row: Row) -> str:
+    for told_by, keys in _MAPPINGS:
+        if all(_lookup(row, column) is not _MISSING for column in told_by):
+            return f"beside the source's `path` in data.train or data.eval, write\n{keys}"
+    if {"message_id", "parent_id", "rank"} <= row.keys():
+        return "these are single messages: take the file of whole trees that goes with them (.trees.jsonl.gz)"
+    return (
         "name its columns in the recipe; a dot reaches into nested values:\n"
         "data:\n  columns:\n    prompt: <the prompt, or the dialogue so far>\n"
-        "    chosen: <the preferred response>\n    rejected: <the other one>",
+        "    chosen: <the preferred response>\n    rejected: <the other one>"
     )
 
 
@@ -138,6 +209,8 @@ def _check_column(rows: Sequence[Row], column: str, where: str) -> None:
 def _fits(layout: Format, view: Row) -> bool:
     """Whether a row has the layout's columns, and in them what could be text or messages."""
     needed = {*layout.prompt, layout.chosen, layout.rejected}
+    if layout.verdict and layout.verdict.column not in view:
+        return False
     if layout.name == "alpaca":
         needed.remove("input")
     if not all(isinstance(view.get(column), (str, list, tuple, Mapping)) for column in needed):
@@ -157,7 +230,8 @@ def _completed(layout: Format, views: Sequence[Row]) -> Format:
         texts = [row for row in rows if isinstance(row[1], str) and isinstance(row[2], str)]
         return 2 * sum(holds(*row) for row in texts) > len(rows)
 
-    columns = "columns " + ", ".join((*layout.prompt, layout.chosen, layout.rejected))
+    judged = (layout.verdict.column,) if layout.verdict else ()
+    columns = "columns " + ", ".join((*layout.prompt, layout.chosen, layout.rejected, *judged))
     if most(lambda prompt, chosen, rejected: _is_dialogue(chosen) or _is_dialogue_start(prompt)):
         return replace(layout, name="hh", why=f"{columns}: dialogues as text", dialogue_text=True)
     if most(lambda prompt, *sides: bool(prompt) and all(side.startswith(prompt) for side in sides)):
@@ -186,8 +260,12 @@ def show_row(row: Row, width: int = 70) -> str:
 
 
 def read_pair(row: Row, fmt: Format, columns: Mapping[str, str] | None = None) -> Pair:
-    """Read one row; raises `Drop` (malformed, diverged, empty or identical) where it is no usable pair."""
+    """Read one row; raises `Drop` (malformed, diverged, empty or identical) where it is no usable pair.
+
+    Two answers of which none is better are `filtered`.
+    """
     view = _in_our_names(row, columns or {})
+    fmt = _judged(view, fmt)
     system = _system(view)
     chosen, rejected = _turns(view, fmt.chosen), _turns(view, fmt.rejected)
     prompt = _prompt(view, fmt, needed=isinstance(chosen, str) and isinstance(rejected, str))
@@ -201,6 +279,21 @@ def read_pair(row: Row, fmt: Format, columns: Mapping[str, str] | None = None) -
     whole_rejected = _whole(prompt, rejected, fmt.rejected)
     pair = _split(whole_chosen, whole_rejected)
     return _usable(with_system(pair, system) if system else pair)
+
+
+def _judged(view: Row, fmt: Format) -> Format:
+    """Return the format with `chosen` and `rejected` as this row's verdict has them."""
+    if fmt.verdict is None:
+        return fmt
+    value = view.get(fmt.verdict.column, _MISSING)
+    number = _number(value)
+    if number in fmt.verdict.first:
+        return fmt
+    if number in fmt.verdict.second:
+        return replace(fmt, chosen=fmt.rejected, rejected=fmt.chosen)
+    if number in fmt.verdict.tie:
+        raise Drop("filtered", f"{fmt.verdict.column} is {value}: neither answer is better")
+    raise Drop("malformed", f"{fmt.verdict.column} is {_found(value)}, which says of neither answer that it is better")
 
 
 def with_system(pair: Pair, system: str) -> Pair:
@@ -249,11 +342,26 @@ def _prompt(view: Row, fmt: Format, needed: bool) -> str | tuple[Message, ...] |
         parts = [_text(view.get("instruction", _MISSING), "instruction")]
         if view.get("input") is not None:
             parts.append(_text(view["input"], "input"))
-        return "\n\n".join(part for part in parts if part.strip())
+        question = "\n\n".join(part for part in parts if part.strip())
+        earlier = _history(view.get("history"))
+        return (*earlier, Message("user", question)) if earlier else question
     (column,) = fmt.prompt
     if view.get(column) is None and not (needed and not fmt.dialogue_text):
         return None
-    return _turns(view, column)
+    turns = _turns(view, column)
+    return _steered(turns) if isinstance(turns, str) else turns
+
+
+def _history(value: Any) -> list[Message]:
+    """Read the turns before an instruction: a list of [question, answer]; anything but a list means something else."""
+    turns: list[Message] = []
+    if not isinstance(value, (list, tuple)):
+        return turns
+    for i, turn in enumerate(value):
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+            raise Drop("malformed", f"history[{i}] is {_found(turn)}, not [question, answer]")
+        turns += [Message(role, _text(turn[j], f"history[{i}][{j}]")) for j, role in enumerate(("user", "assistant"))]
+    return turns
 
 
 def _system(view: Row) -> str | None:
@@ -295,26 +403,68 @@ _ROLES = {
     **dict.fromkeys(("tool", "function", "observation", "function_response", "ipython"), "tool"),
 }
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_STEERED = re.compile(r"\s*<extra_id_1>(User|Assistant)\n\s*")
 _MISSING: Any = object()
+_TIED: Any = object()
 
 
-def _lookup(row: Row, column: str) -> Any:
-    """Return a column's value, a dot reaching into nested values, or `_MISSING`."""
-    if column in row:
+def _lookup(row: Any, column: str) -> Any:
+    """Return a column's value, or `_MISSING`.
+
+    A dot reaches into nested values. `answers[max score]` is the item of a list that has the highest score, `min` the
+    lowest; `_TIED` where no two items differ in it.
+    """
+    if isinstance(row, Mapping) and column in row:
         return row[column]
     value: Any = row
-    for name in column.split("."):
-        if isinstance(value, Mapping) and name in value:
-            value = value[name]
-        elif isinstance(value, (list, tuple)) and re.fullmatch(r"-?\d+", name) and _within(int(name), value):
-            value = value[int(name)]
-        else:
-            return _MISSING
+    for step in _steps(column):
+        value = _best(value, *step) if isinstance(step, tuple) else _member(value, step)
+        if value is _MISSING or value is _TIED:
+            break
     return value
 
 
-def _within(index: int, values: Sequence[Any]) -> bool:
-    return -len(values) <= index < len(values)
+@cache
+def _steps(column: str) -> tuple[str | tuple[str, str], ...]:
+    """Part "a.b[max c.d].e" into "a", "b", ("max", "c.d"), "e"."""
+    steps: list[str | tuple[str, str]] = []
+    for name in re.split(r"\.(?![^\[]*\])", column):
+        if match := re.fullmatch(r"(.+)\[(max|min) (.+)\]", name):
+            steps += [match[1], (match[2], match[3])]
+        else:
+            steps.append(name)
+    return tuple(steps)
+
+
+def _member(value: Any, name: str) -> Any:
+    if isinstance(value, Mapping):
+        return value.get(name, _MISSING)
+    if isinstance(value, (list, tuple)) and re.fullmatch(r"-?\d+", name):
+        return value[int(name)] if -len(value) <= int(name) < len(value) else _MISSING
+    return _MISSING
+
+
+def _best(values: Any, which: str, column: str) -> Any:
+    """Return the first item with the highest or lowest number in a column; those without a number do not count."""
+    if not isinstance(values, (list, tuple)):
+        return _MISSING
+    rated = [(number, item) for item in values if (number := _number(_lookup(item, column))) is not None]
+    if not rated:
+        return _MISSING
+    numbers = [number for number, _ in rated]
+    if min(numbers) == max(numbers):
+        return _TIED
+    return rated[numbers.index(max(numbers) if which == "max" else min(numbers))][1]
+
+
+def _number(value: Any) -> float | None:
+    """Return a number, which may be written as a text; None for anything else."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value else None
 
 
 def _in_our_names(row: Row, columns: Mapping[str, str]) -> Row:
@@ -362,6 +512,8 @@ def _part(value: Any, where: str) -> str:
 
 
 def _text(value: Any, where: str) -> str:
+    if value is _TIED:
+        raise Drop("filtered", f"{where}: no answer is rated above another")
     if not isinstance(value, str):
         raise Drop("malformed", f"{where} is {_found(value)}, not a text")
     if "\0" in value:
@@ -415,6 +567,15 @@ def _dialogue(prompt: str | tuple[Message, ...] | None, side: str | tuple[Messag
     return tuple(Message(roles[speaker], text.strip()) for speaker, text in zip(parts[::2], parts[1::2], strict=True))
 
 
+def _steered(prompt: str) -> str | tuple[Message, ...]:
+    """Part HelpSteer's prompts of several turns, whose second and later ones begin with a line <extra_id_1>SPEAKER."""
+    question, *parts = _STEERED.split(prompt)
+    if not parts:
+        return prompt
+    turns = zip(("User", *parts[::2]), (question, *parts[1::2]), strict=True)
+    return tuple(Message(speaker.lower(), text) for speaker, text in turns)
+
+
 # Filtering
 
 
@@ -447,7 +608,7 @@ def column_values(rows: Sequence[Row], column: str, where: str) -> list[Any]:
     """
     _check_column(rows, column, where)
     values = [_lookup(row, column) for row in rows]
-    return [None if value is _MISSING or _is_nan(value) else value for value in values]
+    return [None if _is_null(value) else value for value in values]
 
 
 def passes(row: Row, filters: Sequence[Filter]) -> bool:
@@ -468,7 +629,7 @@ _ORDER = {
 
 
 def _holds(value: Any, spec: Filter) -> bool:
-    null = value is _MISSING or value is None or _is_nan(value)
+    null = _is_null(value)
     match spec.op:
         case "is_null":
             return null == spec.value
@@ -533,6 +694,10 @@ def _alike(value: Any, wanted: Any, spec: Filter) -> tuple[Any, Any]:
 
 def _incomparable(value: Any, spec: Filter) -> Drop:
     return Drop("malformed", f"{spec.column} is {_found(value)}, which {spec.op} {spec.value!r} cannot compare")
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or value is _MISSING or value is _TIED or _is_nan(value)
 
 
 def _is_nan(value: Any) -> bool:

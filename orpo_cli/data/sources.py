@@ -43,6 +43,7 @@ class SourceSpec(Protocol):
     name: str | None
     split: str | None
     revision: str | None
+    group_by: str | None
 
 
 @dataclass(frozen=True)
@@ -206,8 +207,38 @@ def open_source(
             streamed |= stream
         if not any(part.holds(0) for part in opened):
             raise DataError(f"{spec.path} holds no rows")
-        parts += opened
+        parts += opened if spec.group_by is None else [_grouped(part, spec.group_by, streamed) for part in opened]
     return Rows(specs, parts, streamed)
+
+
+def _grouped(part: Part, column: str, streamed: bool) -> Part:
+    """Make one row, {column: value, "rows": [...]}, of those that follow one another with one value in a column.
+
+    A row without a value stays alone. To get to a later group, the earlier ones are read.
+    """
+    first = [row for row in itertools.islice(part.read(0, _every), 64) if isinstance(row, Mapping)]
+    if not any(column in row for row in first):
+        known = ", ".join(dict.fromkeys(key for row in first for key in row))
+        raise DataError(f"group_by: {part.name} has no column {column!r}", f"it has {known}")
+
+    def value(row: Row | None) -> Any:
+        found = row.get(column) if isinstance(row, Mapping) else None
+        return object() if found is None else found
+
+    def read(start: int, wanted: Wanted) -> Iterator[Row | None]:
+        groups = itertools.groupby(part.read(0, _every), value)
+        for number, (_, rows) in itertools.islice(enumerate(groups), start, None):
+            yield _group(column, list(rows)) if wanted(number) else None
+
+    grouped = Part(part.source, f"{part.name} by {column}", f"{part.fingerprint} by {column}", read)
+    if not streamed:
+        grouped.rows()
+    return grouped
+
+
+def _group(column: str, rows: list[Any]) -> Row:
+    [first, *_] = rows
+    return first if isinstance(first, BadRow) else {column: first.get(column), "rows": rows}
 
 
 # Local files

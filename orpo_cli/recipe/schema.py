@@ -245,13 +245,17 @@ class SourceSpec(Section):
     name: Text | None = None
     """The configuration (subset) of a hub data set."""
     split: Text | None = None
-    """The split; null: `train` (for `data.eval`: `test`, else `validation`), or the only one there is."""
+    """The split; null: `train` or `train_prefs` (for `data.eval`: `test`, `validation` or `test_prefs`), or the only
+    one there is."""
     revision: Text | None = None
     """Branch, tag or commit of a hub data set; null: its default branch."""
     weight: Positive | None = None
     """How often this source is drawn against the others: its pairs come in as many times as an epoch's share for it
     asks for, while an epoch keeps the number of pairs that all sources have. All sources have one, or none: then every
     pair comes once."""
+    group_by: Text | None = None
+    """For rows that hold one answer each: those that follow one another with one value in this column become one row
+    with that value, and all of them in a column `rows`."""
     columns: ColumnMap = {}
     """This source's columns, over those of `data.columns`."""
     filter: list[FilterSpec] = []
@@ -295,17 +299,20 @@ class DataSection(Section):
     """The preference pairs: where from, in which shape, how long, and what becomes of those that do not fit."""
 
     train: Sources
-    """Training pairs: a hub id, file, glob or directory, or a list of `{path, name, split, revision, weight, columns,
-    filter, max_pairs}`. Required."""
+    """Training pairs: a hub id, file, glob or directory, or a list of `{path, name, split, revision, weight, group_by,
+    columns, filter, max_pairs}`. Required."""
     eval: EvalData | None = None
     """Held-out pairs: the same, or `{holdout: 0.02}` (a share, or a number of pairs if an integer), taken from
     `train` by prompt. null: no evaluation."""
-    format: Literal["auto", "prompt", "alpaca", "question", "sharegpt", "input", "paired", "messages", "hh"] = "auto"
+    format: Literal[
+        "auto", "prompt", "alpaca", "question", "sharegpt", "input", "paired", "judged", "messages", "hh"
+    ] = "auto"
     """Shape of the rows, by the columns that hold the prompt, or `messages` and `hh` for whole dialogues, as messages
     or as text. `auto`: recognised from the first rows."""
     columns: ColumnMap = {}
     """Our names to the data's, e.g. `{prompt: question, chosen: good, rejected: bad}`; a dot reaches into nested
-    values. Our names: prompt, chosen, rejected, system, instruction, input."""
+    values, and `answers[max score]` is the best of a list. Our names: prompt, chosen, rejected, system, instruction,
+    input."""
     filter: list[FilterSpec] = []
     """Keep only rows that meet all of these, e.g. `[{column: status, ne: tie}, {column: chosen_score, ge: 8}]`."""
     system: Text | None = None

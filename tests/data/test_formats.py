@@ -305,6 +305,34 @@ SHAPES: dict[str, tuple[Row, Pair]] = {
         {"instruction": "I", "input": None, "chosen": "good", "rejected": "bad"},
         Pair("I", "good", "bad"),
     ),
+    "Alpaca with earlier turns": (
+        {"system": "S", "instruction": "I", "history": [["Q", "A"]], "chosen": "good", "rejected": "bad"},
+        Pair(messages(system("S"), user("Q"), assistant("A"), user("I")), "good", "bad"),
+    ),
+    "Alpaca with no earlier turns": (
+        {"instruction": "I", "history": [], "input": "", "chosen": "good", "rejected": "bad"},
+        Pair("I", "good", "bad"),
+    ),
+    "Alpaca with a column that is history by another meaning": (
+        {"instruction": "I", "history": "ancient", "chosen": "good", "rejected": "bad"},
+        Pair("I", "good", "bad"),
+    ),
+    "SHP, the first preferred": (
+        {"history": "Q", "human_ref_A": "good", "human_ref_B": "bad", "labels": 1},
+        Pair("Q", "good", "bad"),
+    ),
+    "SHP, the second preferred": (
+        {"history": "Q", "human_ref_A": "bad", "human_ref_B": "good", "labels": "0"},
+        Pair("Q", "good", "bad"),
+    ),
+    "HelpSteer3": (
+        {"context": [user("Q")], "response1": "good", "response2": "bad", "overall_preference": -2},
+        Pair(DIALOGUE, "good", "bad"),
+    ),
+    "prompt of several turns as HelpSteer writes them": (
+        {"prompt": "Q \n\n<extra_id_1>Assistant\n A\n<extra_id_1>User\nQ2", "chosen": "good", "rejected": "bad"},
+        Pair(messages(user("Q"), assistant("A"), user("Q2")), "good", "bad"),
+    ),
     "Alpaca with no such column": ({"instruction": "I", "chosen": "good", "rejected": "bad"}, Pair("I", "good", "bad")),
     "strings": ({"prompt": " Q ", "chosen": " good\n", "rejected": "bad"}, Pair(" Q ", " good\n", "bad")),
     "strings that repeat the prompt": (
@@ -385,14 +413,14 @@ def test_mixed_types_in_one_column_are_read_by_their_own():
     assert [type(pair.prompt) for pair in read_all(rows)[0]] == [str, tuple, tuple, str]
 
 
-def test_shp_is_refused_with_the_mapping_to_write():
-    row = {"post_id": "a", "history": "Q" * 200, "human_ref_A": "a", "human_ref_B": "b", "labels": 1}
+def test_rows_of_no_known_shape_are_refused_with_the_mapping_to_write():
+    row = {"post_id": "a", "request": "Q" * 200, "best": "a", "worst": "b"}
     with pytest.raises(DataError) as caught:
         recognise([row])
-    assert "human_ref_A: 'a'" in caught.value.message
+    assert "best: 'a'" in caught.value.message
     assert "QQQ..." in caught.value.message
     assert "chosen: <the preferred response>" in (caught.value.hint or "")
-    columns = {"prompt": "history", "chosen": "human_ref_A", "rejected": "human_ref_B"}
+    columns = {"prompt": "request", "chosen": "best", "rejected": "worst"}
     assert read(row, columns) == Pair("Q" * 200, "a", "b")
 
 
@@ -424,6 +452,58 @@ def test_a_dot_reaches_into_nested_values():
     fmt = recognise([row], columns)
     with pytest.raises(Drop, match="malformed: rejected is missing"):
         read_pair({**row, "answers": [{"text": "good"}, "bad"]}, fmt, columns)
+
+
+def test_the_best_and_the_worst_of_a_list():
+    row = {
+        "q": "Q",
+        "a": [
+            {"text": "fair", "by": {"judge": 3}},
+            {"text": "good", "by": {"judge": "4.5"}},
+            {"text": "as good", "by": {"judge": 4.5}},
+            {"text": "unrated", "by": {"judge": None}},
+            {"text": "not a number", "by": {"judge": "N/A"}},
+            "no object",
+            {"text": "bad", "by": {"judge": -1}},
+        ],
+    }
+    columns = {"prompt": "q", "chosen": "a[max by.judge].text", "rejected": "a[min by.judge].text"}
+    assert read(row, columns) == Pair("Q", "good", "bad")
+    assert read(row, columns | {"prompt": "a[max by.judge].by.judge"}) == Pair("4.5", "good", "bad")
+    named_so = {"q": "Q", "a[max b].c": "x", "r": "y"}
+    assert read(named_so, {"prompt": "q", "chosen": "a[max b].c", "rejected": "r"}) == Pair("Q", "x", "y")
+
+
+COLUMNS_OF_A_LIST = {"prompt": "q", "chosen": "a[max s].t", "rejected": "a[min s].t"}
+
+
+@pytest.mark.parametrize(
+    ("answers", "reason", "detail"),
+    [
+        ([{"t": "x", "s": 1}, {"t": "y", "s": 1.0}], "filtered", "chosen: no answer is rated above another"),
+        ([{"t": "x", "s": 1}], "filtered", "chosen: no answer is rated above another"),
+        ([{"t": "x", "s": 1}, {"t": "y", "s": None}], "filtered", "chosen: no answer is rated above another"),
+        ([{"t": "x", "s": None}], "malformed", "chosen is missing, not a text"),
+        ([], "malformed", "chosen is missing, not a text"),
+        ("x", "malformed", "chosen is missing, not a text"),
+        ([{"t": "x", "s": 1}, {"s": 2}], "malformed", "chosen is missing, not a text"),
+        ([{"t": "x", "s": 1}, {"t": "x", "s": 2}], "identical", "chosen and rejected are the same"),
+    ],
+)
+def test_lists_that_have_no_best_and_worst(answers, reason, detail):
+    fmt = recognise([{"q": "Q", "a": [{"t": "x", "s": 1}, {"t": "y", "s": 2}]}], COLUMNS_OF_A_LIST)
+    with pytest.raises(Drop) as caught:
+        read_pair({"q": "Q", "a": answers}, fmt, COLUMNS_OF_A_LIST)
+    assert (caught.value.reason, caught.value.detail) == (reason, detail)
+
+
+@pytest.mark.parametrize("ours", ["chosen", "rejected"])
+def test_a_mapping_of_an_answer_goes_before_answers_found_by_their_usual_names(ours):
+    rows = [SHAPES[name][0] | {"mine": "M"} for name in ("stack-exchange-paired", "SHP, the first preferred")]
+    for row in rows:
+        assert read(row)
+        with pytest.raises(DataError, match="no preference pair is recognised"):
+            recognise([row], {ours: "mine"})
 
 
 def test_a_mapping_to_a_column_that_is_not_there():
@@ -462,6 +542,45 @@ LISTS = {"chosen": [user("Q"), assistant("a")], "rejected": [user("Q"), assistan
 def test_dropped_strings(row, reason, detail):
     drop = drop_of(row, like=STRINGS)
     assert (drop.reason, drop.detail) == (reason, detail)
+
+
+JUDGED = {"prompt": "Q", "response_1": "a", "response_2": "b"}
+
+
+@pytest.mark.parametrize(
+    ("strength", "reason", "detail"),
+    [
+        (0, "filtered", "preference_strength is 0: neither answer is better"),
+        (4, "malformed", "preference_strength is a number (4), which says of neither answer that it is better"),
+        (0.5, "malformed", "preference_strength is a number (0.5), which says of neither answer that it is better"),
+        ("tie", "malformed", "preference_strength is a text ('tie'), which says of neither answer that it is better"),
+        (True, "malformed", "preference_strength is a boolean (True), which says of neither answer that it is better"),
+        (None, "malformed", "preference_strength is null, which says of neither answer that it is better"),
+        ([1], "malformed", "preference_strength is a list ([1]), which says of neither answer that it is better"),
+    ],
+)
+def test_verdicts_for_neither_answer(strength, reason, detail):
+    drop = drop_of(JUDGED | {"preference_strength": strength}, like=JUDGED | {"preference_strength": 1})
+    assert (drop.reason, drop.detail) == (reason, detail)
+
+
+def test_every_strength_of_a_preference():
+    rows = [JUDGED | {"preference_strength": strength} for strength in (-3, -2, -1, 1, 2, 3)]
+    assert [pair.chosen for pair in read_all(rows)[0]] == ["a", "a", "a", "b", "b", "b"]
+    assert drop_of(JUDGED, like=rows[0]).reason == "malformed"
+
+
+@pytest.mark.parametrize(
+    ("history", "detail"),
+    [
+        ([["Q"]], "history[0] is a list (['Q']), not [question, answer]"),
+        ([["Q", "A"], "QA"], "history[1] is a text ('QA'), not [question, answer]"),
+        ([["Q", None]], "history[0][1] is null, not a text"),
+    ],
+)
+def test_earlier_turns_that_are_none(history, detail):
+    drop = drop_of({"instruction": "I", "history": history, "chosen": "a", "rejected": "b"})
+    assert (drop.reason, drop.detail) == ("malformed", detail)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from orpo_cli.data import sources
@@ -43,7 +45,7 @@ def opened(*paths: str | dict[str, Any], streaming: Any = "auto") -> Rows:
     return open_source(specs, streaming)
 
 
-def all_rows(path: str) -> list[Any]:
+def all_rows(path: str | dict[str, Any]) -> list[Any]:
     """The rows of a source, which must be the same streamed or not, from wherever one starts."""
     held, streamed = opened(path, streaming=False), opened(path, streaming=True)
     rows = list(held.rows())
@@ -127,9 +129,6 @@ def test_csv_rows_that_do_not_fit_the_header(tmp_path):
 
 
 def test_parquet(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     rows = [{**row, "messages": [{"role": "user", "content": "x"}]} for row in ROWS * 100]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=300)
     assert all_rows(str(tmp_path / "a.parquet")) == rows
@@ -317,6 +316,42 @@ def test_real_files():
         assert len(expected) == count
 
 
+# Rows that hold one answer each
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_rows_that_follow_one_another_are_grouped(tmp_path, name):
+    rows = [{"q": q, "a": i} for i, q in enumerate(["x", "x", "y", "x", None, None, "z", "z", "z"])]
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name, row_group_size=4)
+    else:
+        put(tmp_path / name, lines(rows) if name.endswith("jsonl") else json.dumps(rows).encode())
+    grouped = all_rows({"path": str(tmp_path / name), "group_by": "q"})
+    assert [(row["q"], [member["a"] for member in row["rows"]]) for row in grouped] == [
+        *(("x", [0, 1]), ("y", [2]), ("x", [3]), (None, [4]), (None, [5]), ("z", [6, 7, 8]))
+    ]
+    assert [member for row in grouped for member in row["rows"]] == rows
+    held = opened({"path": str(tmp_path / name), "group_by": "q"})
+    assert held.where(5) == f"{tmp_path / name} by q, row 5"
+    assert held.fingerprint != opened(str(tmp_path / name)).fingerprint
+    assert [i for i, _ in held.numbered(1, lambda i: i % 2 == 1)] == [1, 3, 5]
+
+
+def test_a_bad_row_is_in_no_group(tmp_path):
+    path = put(tmp_path / "a.jsonl", b'{"q": "x"}\n{"q": "x"}\nbroken\n{"a": 1}\n{"q": "x"}\n')
+    rows = all_rows({"path": path, "group_by": "q"})
+    assert rows[0] == {"q": "x", "rows": [{"q": "x"}, {"q": "x"}]}
+    assert isinstance(rows[1], BadRow)
+    assert rows[2:] == [{"q": None, "rows": [{"a": 1}]}, {"q": "x", "rows": [{"q": "x"}]}]
+
+
+def test_groups_by_a_column_that_is_not_there(tmp_path):
+    path = put(tmp_path / "a.jsonl", lines(ROWS))
+    error = error_of({"path": path, "group_by": "promt"})
+    assert error.message == f"group_by: {path} has no column 'promt'"
+    assert error.hint == "it has prompt, chosen, rejected, score"
+
+
 # Errors
 
 
@@ -433,9 +468,6 @@ def test_damaged_parquet_and_lfs_pointer(tmp_path):
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_damaged_parquet_is_never_taken_for_a_shorter_one(tmp_path, streaming):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     pq.write_table(pa.Table.from_pylist(ROWS * 100), tmp_path / "a.parquet", row_group_size=200, use_dictionary=False)
     whole = (tmp_path / "a.parquet").read_bytes()
     for end in range(0, len(whole), len(whole) // 20):
@@ -447,9 +479,6 @@ def test_damaged_parquet_is_never_taken_for_a_shorter_one(tmp_path, streaming):
 
 
 def test_values_of_parquet_that_python_has_none_for(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     days = pa.array([0, 10**15, 1], pa.int64()).view(pa.timestamp("s"))
     words = pa.array([b"a", b"b", b"\xe9"]).view(pa.string())
     pq.write_table(pa.table({"day": days, "p": words}), tmp_path / "a.parquet")
@@ -461,9 +490,6 @@ def test_values_of_parquet_that_python_has_none_for(tmp_path):
 
 def test_a_table_with_a_column_twice(tmp_path):
     assert "two columns are named 'a'" in error_of(put(tmp_path / "a.csv", b"a,a\n1,2\n")).message
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"]), tmp_path / "a.parquet")
     assert "two columns are named 'a'" in error_of(str(tmp_path / "a.parquet")).message
 
@@ -507,9 +533,6 @@ def ask(environment: dict[str, str], *cases: tuple[dict[str, Any], Any]) -> list
 
 def test_hub(tmp_path):
     import io
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
     table = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(ROWS[2:]), table)

@@ -53,6 +53,7 @@ DEFAULTS = {
                 "split": None,
                 "revision": None,
                 "weight": None,
+                "group_by": None,
                 "columns": {},
                 "filter": [],
                 "max_pairs": None,
