@@ -212,9 +212,9 @@ def tokenise(tiny_base: Path) -> PairTokenizer:
     return pair_tokenizer(recipe, load_text_side(recipe))
 
 
-def outcome(tokenise: PairTokenizer, path: Path, **data: Any) -> Any:
+def outcome(tokenise: PairTokenizer, path: Path, source: dict[str, Any] | None = None, **data: Any) -> Any:
     """The pairs of a file and what is dropped from it; or the error's message."""
-    section = DataSection.model_validate({"train": str(path), "max_dropped": 1.0, **data})
+    section = DataSection.model_validate({"train": {"path": str(path), **(source or {})}, "max_dropped": 1.0, **data})
     try:
         pairs, _ = load_pairs(section, tokenise, TrainSection())
         read = [(index, result) for index, _, result in pairs.reader.read(only=pairs.usable)]
@@ -252,7 +252,7 @@ VALUES = st.recursive(
 )
 COLUMNS = [
     *("prompt", "chosen", "rejected", "system", "instruction", "input", "conversations", "question"),
-    *("response_j", "response_k", "score"),
+    *("response_j", "response_k", "score", "history", "labels", "human_ref_A", "preference_strength", "answers"),
 ]
 GOOD: list[dict[str, Any]] = [
     {"prompt": "Q", "chosen": "a", "rejected": "b", "score": 1},
@@ -264,6 +264,11 @@ GOOD: list[dict[str, Any]] = [
     },
     {"chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "\n\nHuman: Q\n\nAssistant: b"},
     {"conversations": [{"from": "human", "value": "Q"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"},
+    {"instruction": "Q", "history": [["Q", "A"]], "chosen": "a", "rejected": "b"},
+    {"history": "Q", "human_ref_A": "a", "human_ref_B": "b", "labels": 0},
+    {"prompt": "Q", "response_1": "a", "response_2": "b", "preference_strength": -1},
+    {"prompt": "Q", "answers": [{"chosen": "a", "score": 1}, {"chosen": "b", "score": "0"}]},
+    {"prompt": "Q\n<extra_id_1>Assistant\nA\n<extra_id_1>User\nQ", "chosen": "a", "rejected": "b", "score": 0},
 ]
 
 
@@ -323,6 +328,13 @@ FILTERS = [
     [{"column": "score", "ge": 1}],
     [{"column": "prompt", "contains": "Q"}],
     [{"column": "chosen.0", "ne": 3}],
+    [{"column": "answers[max score].chosen", "ne": "b"}],
+]
+SOURCES: list[dict[str, Any]] = [
+    {},
+    {"columns": {"chosen": "answers[max score].chosen", "rejected": "answers[min score].chosen"}},
+    {"group_by": "prompt", "columns": {"chosen": "rows[max score].chosen", "rejected": "rows[min score].chosen"}},
+    {"group_by": "prompt", "columns": {"prompt": "rows.0", "chosen": "rows.-1", "rejected": "rows.1"}},
 ]
 
 
@@ -331,7 +343,12 @@ FILTERS = [
     rows=rows(),
     name=st.sampled_from(list(WRITERS)),
     data=st.fixed_dictionaries(
-        {"strict": st.booleans(), "deduplicate": st.booleans(), "filter": st.sampled_from(FILTERS)}
+        {
+            "strict": st.booleans(),
+            "deduplicate": st.booleans(),
+            "filter": st.sampled_from(FILTERS),
+            "source": st.sampled_from(SOURCES),
+        }
     ),
 )
 def test_any_rows(folder: Path, tokenise: PairTokenizer, rows: list[Any], name: str, data: dict[str, Any]) -> None:

@@ -182,7 +182,7 @@ def recognise(rows: Sequence[Row], columns: Mapping[str, str] | None = None, nam
 def _mapping_to_write(row: Row) -> str:
     for told_by, keys in _MAPPINGS:
         if all(_lookup(row, column) is not _MISSING for column in told_by):
-            return f"beside the source's `path` in data.train or data.eval, write\n{keys}"
+            return f"write the source in data.train or data.eval as\npath: <as it is>\n{keys}"
     if {"message_id", "parent_id", "rank"} <= row.keys():
         return "these are single messages: take the file of whole trees that goes with them (.trees.jsonl.gz)"
     return (
@@ -403,7 +403,7 @@ _ROLES = {
     **dict.fromkeys(("tool", "function", "observation", "function_response", "ipython"), "tool"),
 }
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-_STEERED = re.compile(r"\s*<extra_id_1>(User|Assistant)\n\s*")
+_STEERED = re.compile(r"\n<extra_id_1>(User|Assistant)\n")
 _MISSING: Any = object()
 _TIED: Any = object()
 
@@ -568,12 +568,12 @@ def _dialogue(prompt: str | tuple[Message, ...] | None, side: str | tuple[Messag
 
 
 def _steered(prompt: str) -> str | tuple[Message, ...]:
-    """Part HelpSteer's prompts of several turns, whose second and later ones begin with a line <extra_id_1>SPEAKER."""
+    """Part HelpSteer's prompts of several turns, stripped: before each but the first is a line <extra_id_1>SPEAKER."""
     question, *parts = _STEERED.split(prompt)
-    if not parts:
+    if parts[-2:-1] != ["User"]:  # one turn; or one that is templated, up to the answer
         return prompt
     turns = zip(("User", *parts[::2]), (question, *parts[1::2]), strict=True)
-    return tuple(Message(speaker.lower(), text) for speaker, text in turns)
+    return tuple(Message(speaker.lower(), text.strip()) for speaker, text in turns)
 
 
 # Filtering

@@ -333,6 +333,10 @@ SHAPES: dict[str, tuple[Row, Pair]] = {
         {"prompt": "Q \n\n<extra_id_1>Assistant\n A\n<extra_id_1>User\nQ2", "chosen": "good", "rejected": "bad"},
         Pair(messages(user("Q"), assistant("A"), user("Q2")), "good", "bad"),
     ),
+    "prompt that ends where HelpSteer's model answers": (
+        {"prompt": "S\n<extra_id_1>User\nQ\n<extra_id_1>Assistant\n", "chosen": "good", "rejected": "bad"},
+        Pair("S\n<extra_id_1>User\nQ\n<extra_id_1>Assistant\n", "good", "bad"),
+    ),
     "Alpaca with no such column": ({"instruction": "I", "chosen": "good", "rejected": "bad"}, Pair("I", "good", "bad")),
     "strings": ({"prompt": " Q ", "chosen": " good\n", "rejected": "bad"}, Pair(" Q ", " good\n", "bad")),
     "strings that repeat the prompt": (

@@ -723,10 +723,10 @@ def recipe_of(tmp_path: Path) -> Callable[..., Path]:
 
 
 def keys_to_write(error: str) -> dict[str, Any]:
-    """The keys that the hint gives, nothing added."""
+    """The keys that the hint gives beside the path, nothing added."""
     hint = error.partition("hint: ")[2]
-    told, _, keys = hint.partition("\n")
-    assert told == "beside the source's `path` in data.train or data.eval, write"
+    told, path, keys = hint.split("\n", 2)
+    assert (told, path) == ("write the source in data.train or data.eval as", "path: <as it is>")
     return yaml.safe_load(keys)
 
 
