@@ -170,7 +170,9 @@ def _undone_on_failure(target: Path) -> Iterator[None]:
 
 def to_json(value: Any) -> str:
     """JSON with sorted keys, the same text for the same value."""
-    return json.dumps(_finite(value), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    text = json.dumps(_finite(value), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    # A lone surrogate, in data or in the name of a file, has no bytes in UTF-8: it is written as JSON's \ud800.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def to_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -273,6 +273,13 @@ def test_numbers_that_json_does_not_have_become_null():
         assert json.loads(text, parse_constant=pytest.fail) == expected
 
 
+def test_texts_that_are_no_unicode_can_be_written_and_read_again(tmp_path):
+    values = {"key \ud800": "a\udcff\\ud800 ü 🙂"}
+    for text in (to_json(values), to_json_lines([values])):
+        write_file(tmp_path / "x.json", text)
+        assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == values
+
+
 def test_json_lines_keep_the_order_of_keys():
     assert to_json_lines([{"b": 1, "a": "x\ny"}, {}]) == '{"b": 1, "a": "x\\ny"}\n{}\n'
     assert to_json_lines([]) == ""

@@ -582,6 +582,13 @@ def test_too_many_dropped_rows_are_an_error_that_counts_them(tokenise, mixed_fil
 
 
 @STREAMED
+def test_a_message_with_a_key_that_is_no_unicode_is_dropped_alone(tokenise, tmp_path, streaming):
+    path = write(tmp_path / "rows.jsonl", [good(0), good(1) | {"prompt": {"\ud800": None}}, good(2)])
+    pairs, _ = load(tokenise, path, streaming=streaming)
+    assert (pairs.pairs, pairs.dropped) == (2, {"malformed": 1})
+
+
+@STREAMED
 def test_strict_stops_at_the_first_malformed_row(tokenise, mixed_file, streaming):
     row = next(i for i in range(83) if mixed(i)[1] == "malformed")
     with pytest.raises(DataError) as error:
