@@ -430,7 +430,7 @@ def show(summary: Mapping[str, Any]) -> None:
 
 
 def _title(summary: Mapping[str, Any]) -> str:
-    return f"chosen by {summary['metric'].replace('_', ' ')}"
+    return f"Chosen by {summary['metric'].replace('_', ' ')}"
 
 
 def _shown(summary: Mapping[str, Any]) -> list[str]:
