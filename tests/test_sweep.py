@@ -203,7 +203,7 @@ def test_a_sweep_from_recipe_to_table(tiny_recipe, tmp_path, orpo, at_once):
     assert f"best: {best['run']}, accuracy " in said
     html = (tmp_path / "run/sweep.html").read_text()
     for told in (
-        "chosen by accuracy",
+        "Chosen by accuracy",
         "answers end",
         *(run["run"] for run in summary["runs"]),
         f"{best['accuracy']:.1%}",
