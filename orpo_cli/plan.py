@@ -154,7 +154,10 @@ def _of_merging(recipe: Recipe, needs: Needs, plan: Plan, whole: int, device: to
     quantised = recipe.model.load_in_4bit or recipe.model.load_in_8bit
     on_host = plan.process + (2 if quantised else 1) * whole
     if device.type == "cpu":
-        return {"device": there + on_host, "host": there + on_host}
+        total = there + on_host
+        if quantised:  # what training has freed stays with the process (malloc.py), and the base is mapped beside it
+            total = max(total, plan.peak + whole)
+        return {"device": total, "host": total}
     return {"device": there, "host": on_host}
 
 

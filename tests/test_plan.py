@@ -111,3 +111,13 @@ def test_a_stream_is_not_counted(tiny_recipe, orpo):
     assert said["memory"]["evaluation"] is None
     assert torch.get_default_device().type == "cpu"
     assert yaml.safe_load(json.dumps(said["recipe"]))["data"]["streaming"] is True
+
+
+def test_merging_onto_a_base_that_was_quantised_takes_the_whole_one_besides(tiny_recipe, orpo):
+    plain, four = (checked(orpo, tiny_recipe(model={"load_in_4bit": bits})) for bits in (False, True))
+    whole = 4 * (plain["model"]["parameters"] - plain["model"]["trained"])  # float32, without the adapter
+    more = four["memory"]["merging"]["host"] - four["memory"]["training"]["total"]
+    assert more == whole
+    assert plain["memory"]["merging"]["host"] <= plain["memory"]["training"]["total"] + whole
+    none = checked(orpo, tiny_recipe(model={"load_in_4bit": True}, output={"merge": False}))
+    assert none["memory"]["merging"] is None
