@@ -22,6 +22,7 @@ from orpo_cli.model.memory import GIB, Needs, Plan, checkpoint_layers, device_me
 from orpo_cli.model.outline import outline, packed
 from orpo_cli.recipe import Recipe
 from orpo_cli.report.health import Health
+from orpo_cli.report.trackers import check_trackers
 from orpo_cli.signals import Noted
 from orpo_cli.train.distributed import Processes, make_deterministic, seed_everything
 from orpo_cli.train.evaluation import evaluation_steps, score_together
@@ -43,6 +44,7 @@ def check(recipe: Recipe, *, probe: bool = False) -> dict[str, Any]:
     processes = Processes()
     device = processes.device
     check_optimizer(recipe.train, device)
+    check_trackers(recipe.output.trackers)
     text = load_text_side(recipe)
     check_max_length(recipe.model, recipe.data.max_length)
     train_set, held_out = load_pairs(recipe.data, pair_tokenizer(recipe, text), recipe.train)

@@ -30,7 +30,7 @@ FILES = (
     "eval.start.pairs.jsonl",
     "report.html",
 )
-DIRECTORIES = ("checkpoints", "adapter", "merged")
+DIRECTORIES = ("checkpoints", "adapter", "merged", "trackers")
 # Who writes here; gone when nobody does, unless it was killed.
 LOCK = ".lock"
 
@@ -95,6 +95,11 @@ class RunDirectory:
     def report(self) -> Path:
         """The page."""
         return self.path / "report.html"
+
+    @property
+    def trackers(self) -> Path:
+        """What `output.trackers` write."""
+        return self.path / "trackers"
 
     def holds_run(self) -> bool:
         """Whether a run was started here."""

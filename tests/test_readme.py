@@ -128,7 +128,7 @@ def test_constraints_name_the_torch_of_the_readme():
 def test_a_run_directory_holds_what_is_listed(tiny_run):
     [listing] = [block for block in fenced(README, "") if "manifest.json" in block]
     names = {line.split()[0].rstrip("/") for line in listing.splitlines()}
-    assert {path.name for path in tiny_run.iterdir()} == names - {"samples.jsonl"}  # it has no sample_prompts
+    assert {path.name for path in tiny_run.iterdir()} == names - {"samples.jsonl", "trackers"}  # nothing asked for them
 
 
 def test_metrics_keys_are_those_of_a_run(tiny_run):

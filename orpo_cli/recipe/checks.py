@@ -47,7 +47,6 @@ class ImpossibleRecipeError(ValueError):
 # `*` stands for each item of a list.
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "model.device_map": ((None,), "leave it null; load_in_4bit makes a large base fit one device"),
-    "output.trackers": (([],), "leave it []; metrics.jsonl holds every number"),
 }
 
 

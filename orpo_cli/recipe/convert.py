@@ -13,6 +13,7 @@ from typing import Any
 from orpo_cli.errors import RecipeError
 from orpo_cli.recipe import foreign, strict_yaml
 from orpo_cli.recipe.conversion import Conversion, listed
+from orpo_cli.recipe.faults import allowed, annotation_at, either
 from orpo_cli.recipe.load import read_text
 from orpo_cli.recipe.strict_yaml import YamlFault
 
@@ -503,9 +504,16 @@ def _checkpoints(draft: Conversion) -> None:
 
 def _output(draft: Conversion) -> None:
     draft.carry(_SAME, "output.")
-    trackers = [name for name in listed(draft.take("report_to")) if name not in ("none", "all")]
-    if any(name.startswith("wandb_") for name in draft.given) and "wandb" not in trackers:
-        trackers.append("wandb")
+    known, named = allowed(annotation_at(("output", "trackers", 0))), listed(draft.take("report_to"))
+    trackers = [name for name in named if name in known]
+    if others := [str(name) for name in named if name not in (*known, "none")]:
+        draft.leave("report_to", f"{', '.join(others)}: there are {either(known)}")
+    for name in known:
+        flag = draft.take(f"use_{name}")
+        # A tool that has no report_to takes a tracker for wanted where one of its own keys is set.
+        has_keys = not named and any(key.startswith(f"{name}_") and draft.given[key] for key in draft.given)
+        if name not in trackers and (flag or (has_keys and flag is None)):
+            trackers.append(name)
     if trackers:
         draft.put("output.trackers", trackers, "report_to")
 

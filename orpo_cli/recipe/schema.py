@@ -433,7 +433,7 @@ class OutputSection(Section):
     merge: bool = True
     """Write `merged/`, the full weights with the adapter in them, which stock transformers loads."""
     trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = []
-    """Experiment trackers to report to besides `metrics.jsonl`."""
+    """Experiment trackers that are told what `metrics.jsonl` is; their packages are installed apart."""
 
 
 class Recipe(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class MetricsFile:
         Raises OSError where the machine refuses; it names the file.
         """
         self.path = path
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
         self._directory = os.open(path.parent, os.O_RDONLY)
         self._open(whole_rows(path, length))
 
@@ -34,7 +35,10 @@ class MetricsFile:
         self._length = length
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row, whole or not at all; numbers that JSON cannot hold (NaN, infinities) become null."""
+        """Append one row, whole or not at all; numbers that JSON cannot hold (NaN, infinities) become null.
+
+        The listeners are then given it too.
+        """
         rest = memoryview(to_json_lines([row]).encode())
         try:
             while rest:
@@ -43,6 +47,8 @@ class MetricsFile:
             os.ftruncate(self._file, self._length)
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         self._length = os.fstat(self._file).st_size
+        for listener in self.listeners:
+            listener(row)
 
     def sync(self) -> int:
         """Bring all rows to the disk, into a new file if this one was deleted; the file's length in bytes.

@@ -25,6 +25,7 @@ from orpo_cli.recipe import Recipe, dump_recipe
 from orpo_cli.report.health import Health
 from orpo_cli.report.metrics import MetricsFile, read_metrics
 from orpo_cli.report.terminal import mute, say
+from orpo_cli.report.trackers import check_trackers, told_to_trackers
 from orpo_cli.run import RunDirectory
 from orpo_cli.signals import Noted, last_words
 from orpo_cli.train.checkpoint import recover_checkpoints, save_checkpoint
@@ -62,6 +63,7 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
     mute(not processes.is_main)
     run = RunDirectory(Path(recipe.output.dir))
     check_optimizer(recipe.train, processes.device)
+    check_trackers(recipe.output.trackers)
     resumes = start.resume or start.resume_from is not None
     if start.allow_changes and not resumes:
         raise InputError("--allow-changes says how to go on with a run", "give --resume or --resume-from too")
@@ -144,7 +146,8 @@ def train_in(run: RunDirectory, recipe: Recipe, start: Start, processes: Process
             loop.health.see(row)
     describe_run(loop, built, plan)
     words = "--resume goes on from the newest checkpoint, if there is one"
-    with out_of_memory_explained(loop), files_closed(loop), last_words(words):
+    trackers = told_to_trackers(loop.metrics, recipe, run.trackers)
+    with out_of_memory_explained(loop), files_closed(loop), last_words(words), trackers:
         rehearse(loop)
         train_steps(loop)
         record["weights_of_step"] = load_best(run, loop, built)

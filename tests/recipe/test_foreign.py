@@ -129,7 +129,8 @@ def test_every_name_of_a_tool_is_ours_or_explained(tool: str) -> None:
 def test_families_of_names_say_why() -> None:
     assert foreign.translate("galore_rank") == (None, "there is none: AdamW, and LoRA or a full fine-tune")
     assert foreign.translate("fsdp_config") == (None, foreign.NO_KEY["fsdp_config"])  # a name of its own wins
-    assert foreign.translate("wandb_project") == ("output.trackers", "")
+    assert foreign.translate("mlflow_run_name") == (None, "a tracker's own: set MLFLOW_* in the environment")
+    assert foreign.translate("wandb_project") == ("output.trackers", foreign.NOTES["wandb_project"])
 
 
 def test_words_for_operators_lead_to_operators() -> None:

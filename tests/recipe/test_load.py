@@ -129,8 +129,6 @@ WRONG: list[tuple[str, int, str, list[str]]] = [
         "train.early_stopping_patience",
         ["only the end is evaluated", "set train.eval_steps"],
     ),
-    # work to come
-    ("output: {trackers: [wandb]}", 4, "output.trackers", ["not yet", "metrics.jsonl"]),
     ("  eval:\n  - {path: y, weight: 2}", 5, "data.eval.0.weight", ["counts once", "max_pairs"]),
 ]
 

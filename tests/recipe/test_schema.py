@@ -166,8 +166,8 @@ def test_a_recipe_cannot_be_changed() -> None:
 
 
 def test_a_recipe_made_in_code_is_checked_alike() -> None:
-    with pytest.raises(ValidationError, match=r"output.trackers: not yet"):
-        smallest(output={"trackers": ["wandb"]})
+    with pytest.raises(ValidationError, match=r"model.device_map: not yet"):
+        smallest(model={"name_or_path": "a/B", "device_map": "auto"})
     with pytest.raises(ValidationError, match=r"a full fine-tune"):
         smallest(lora=None, model={"name_or_path": "a/B", "load_in_4bit": True})
 
