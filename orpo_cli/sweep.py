@@ -37,6 +37,7 @@ from orpo_cli.recipe import Recipe, dump_recipe, load_recipe, strict_yaml
 from orpo_cli.report import page
 from orpo_cli.report.metrics import read_metrics
 from orpo_cli.report.terminal import say, warn
+from orpo_cli.report.trackers import check_trackers
 from orpo_cli.run import LOCK, RunDirectory, held, read_manifest
 from orpo_cli.runs import describe, is_running
 from orpo_cli.signals import last_words, passed_on
@@ -169,6 +170,7 @@ def sweep(
     """
     judging = judging or Judging()
     points = grid(recipe_file, settings)
+    check_trackers(points[0].recipe.output.trackers)  # those of all
     places = {point.recipe.output.dir for point in points} if output_dir is None else {output_dir}
     if len(places) > 1:
         raise InputError("each run of the grid would go to another directory", "name one with --output-dir")

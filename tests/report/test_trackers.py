@@ -123,8 +123,8 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(
 ):
     monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
     recipe = tiny_recipe(output={"trackers": [name]})
-    for verb in ("check", "train"):
-        code, _, err = orpo(verb, recipe)
+    for command in (["check", recipe], ["train", recipe], ["sweep", recipe, "--set", "loss.beta=0.1,0.2"]):
+        code, _, err = orpo(*command)
         assert code == 2
         assert f"error: output.trackers names {name}, and the package {PACKAGES[name]} is not installed" in err
         assert f"hint: pip install {PACKAGES[name]}" in err
