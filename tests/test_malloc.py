@@ -17,7 +17,7 @@ from orpo_cli.malloc import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def use():
-    torch.ones(16 * 2**20)  # 64 MiB
+    torch.ones(12 * 2**20)  # 48 MiB
 for _ in range(20):
     use()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -50,7 +50,7 @@ def test_a_c_library_that_takes_a_lower_threshold_gets_it(monkeypatch):
             return 1
 
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.31"))
-    for most, taken in ((2**30, {-3: 2**30, -1: 2**30}), (2**25, {-3: 2**25, -1: 2**30}), (2**20, {})):
+    for most, taken in ((2**26, {-3: 2**26, -1: 2**30}), (2**25, {-3: 2**25, -1: 2**30}), (2**20, {})):
         libc = Older(most)
         monkeypatch.setattr(ctypes, "CDLL", lambda name, libc=libc: libc)
         keep_freed_memory()

@@ -15,6 +15,8 @@ from orpo_cli.recipe.schema import TrainSection
 
 # Share of the run over which warmup_stable_decay comes down at its end.
 DECAY_SHARE = 0.2
+# Numbers that are converted at once: some MiB.
+_PIECE = 1 << 22
 # bitsandbytes' optimizers by the recipe's names, and the devices it has them for: only CUDA can page memory out.
 _BITSANDBYTES = {
     "adamw_8bit": ("AdamW8bit", ("cuda", "cpu")),
@@ -146,6 +148,16 @@ def _adamw(groups: list[dict[str, Any]], section: TrainSection, device: torch.de
     return getattr(bitsandbytes.optim, name)(groups, **settings)
 
 
+def _add(total: Tensor, more: Tensor) -> None:
+    """Add numbers of another dtype in place. On a CPU torch first copies what it converts: there, some rows at once."""
+    if total.device.type != "cpu" or total.ndim == 0:
+        total.add_(more)
+        return
+    rows = max(1, _PIECE * len(total) // max(1, total.numel()))
+    for piece, of_more in zip(total.split(rows), more.split(rows), strict=True):
+        piece.add_(of_more)
+
+
 def _master(parameter: nn.Parameter) -> nn.Parameter:
     """The parameter itself if it is float32; else a float32 copy that collects the parameter's gradients."""
     if parameter.dtype == torch.float32:
@@ -154,7 +166,10 @@ def _master(parameter: nn.Parameter) -> nn.Parameter:
 
     def collect(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            _add(master.grad, parameter.grad)
         parameter.grad = None
 
     parameter.register_post_accumulate_grad_hook(collect)

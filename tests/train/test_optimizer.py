@@ -6,6 +6,7 @@ from torch import nn
 
 from orpo_cli.errors import InputError
 from orpo_cli.recipe import TrainSection
+from orpo_cli.train import optimizer as optimizer_module
 from orpo_cli.train.optimizer import Optimizer, check_optimizer, learning_rate, warmup_steps
 
 
@@ -82,6 +83,20 @@ def test_gradients_of_half_precision_weights_add_up_in_float32():
     assert bias.dtype == torch.float32
     assert bias.item() == pytest.approx(1.003, rel=1e-3)
     assert all(p.grad is None for p in model.parameters())  # handed over the moment they were made
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (300, 1000), (1, 5000), (3, 0)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_of_any_shape_are_added_whole(shape, transposed, monkeypatch):
+    monkeypatch.setattr(optimizer_module, "_PIECE", 4096)  # several pieces, the last a short one
+    weight = torch.zeros(shape, dtype=torch.bfloat16)
+    parameter = nn.Parameter(weight.t() if transposed and weight.ndim == 2 else weight)
+    optimizer = Optimizer([("weight", parameter)], TrainSection())
+    parts = [torch.randn(parameter.shape).bfloat16() for _ in range(3)]
+    for part in parts:
+        (parameter * part).sum().backward()
+    [total] = optimizer.gradients()
+    torch.testing.assert_close(total, sum(part.float() for part in parts), rtol=0, atol=0)
 
 
 def test_a_parameter_that_nothing_reached_has_a_gradient_of_zeros():
