@@ -35,7 +35,8 @@ from orpo_cli.data.formats import (
 )
 from orpo_cli.data.keys import PromptKeys, SeenKeys
 from orpo_cli.data.order import BLOCK_ROWS, Position, block_order, permutation, quotas, turns
-from orpo_cli.data.sources import BadRow, Row, Rows, open_source
+from orpo_cli.data.rows import BadRow, Row, Rows
+from orpo_cli.data.sources import open_source
 from orpo_cli.data.survey import Survey, keep_survey, kept_survey
 from orpo_cli.data.tokenize import PairTokenizer, TokenizedPair
 from orpo_cli.errors import DataError, RunError

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from orpo_cli.data import sources
-from orpo_cli.data.sources import BadRow, Rows, open_source
+from orpo_cli.data.rows import BadRow, Rows
+from orpo_cli.data.sources import open_source
 from orpo_cli.errors import DataError
 from orpo_cli.recipe.schema import SourceSpec
 from tests.hub import commit_of, hub, hub_environment
