@@ -24,7 +24,7 @@ from orpo_cli.data.library import (
     saved_part,
 )
 from orpo_cli.data.readers import READABLE, file_part, kind_of
-from orpo_cli.data.rows import BadRow, Part, Row, Rows, SourceSpec, Wanted
+from orpo_cli.data.rows import BadRow, Part, Row, Rows, SourceSpec, Wanted, every_row
 from orpo_cli.errors import DataError
 
 STREAM_ABOVE_BYTES = 1 << 30
