@@ -270,37 +270,66 @@ def test_a_pickle_beside_an_adapter_is_left_alone(tiny_base: Path, adapter: Path
         load_adapter(load_model(section(tiny_base), CPU), adapter)
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"megatron_config": {"a": 1}, "megatron_core": "canary_module"}, "Megatron"),
-        ({"peft_type": "canary_module.Kind"}, "of the kind canary_module.Kind"),
-        ({"peft_type": None, "auto_mapping": {"parent_library": "canary_module"}}, "of the kind None"),
-        (
-            {
-                "peft_type": "PROMPT_TUNING",
-                "num_virtual_tokens": 2,
-                "prompt_tuning_init": "TEXT",
-                "prompt_tuning_init_text": "a",
-                "tokenizer_name_or_path": "TOKENIZER",
-                "tokenizer_kwargs": {"trust_remote_code": True},
-            },
-            "of the kind PROMPT_TUNING",
-        ),
-    ],
-)
+RUN_CODE = [
+    ({"megatron_config": {"a": 1}, "megatron_core": "canary_module"}, "Megatron"),
+    ({"peft_type": "canary_module.Kind"}, "of the kind canary_module.Kind"),
+    ({"peft_type": None, "auto_mapping": {"parent_library": "canary_module"}}, "of the kind None"),
+    (
+        {
+            "peft_type": "PROMPT_TUNING",
+            "num_virtual_tokens": 2,
+            "prompt_tuning_init": "TEXT",
+            "prompt_tuning_init_text": "a",
+            "tokenizer_name_or_path": "TOKENIZER",
+            "tokenizer_kwargs": {"trust_remote_code": True},
+        },
+        "of the kind PROMPT_TUNING",
+    ),
+]
+
+
+@pytest.fixture(params=RUN_CODE, ids=[said for _, said in RUN_CODE])
+def explosive(
+    request: pytest.FixtureRequest, tiny_base: Path, adapter: Path, module: str, mark: Path, tmp_path: Path
+) -> tuple[Path, str]:
+    """An adapter whose configuration has peft run code, and what is said of it."""
+    changes, said = request.param
+    tokenizer = Path(shutil.copytree(tiny_base, tmp_path / "tokenizer"))
+    (tokenizer / "tokenization_x.py").write_text(code(mark))
+    auto_map = {"AutoTokenizer": [None, "tokenization_x.T"]}
+    edit(tokenizer / "tokenizer_config.json", tokenizer_class="T", auto_map=auto_map)
+    if "tokenizer_name_or_path" in changes:
+        changes = changes | {"tokenizer_name_or_path": str(tokenizer)}
+    edit(adapter / "adapter_config.json", **changes)
+    return adapter, said
+
+
 @pytest.mark.parametrize("trainable", [False, True])
 def test_adapters_that_would_run_code_are_refused(
-    base: Path, adapter: Path, module: str, mark: Path, changes: dict[str, Any], said: str, trainable: bool
+    tiny_base: Path, explosive: tuple[Path, str], trainable: bool
 ) -> None:
-    model = load_model(section(base), CPU)
-    (base / "tokenization_x.py").write_text(code(mark))
-    edit(base / "tokenizer_config.json", tokenizer_class="T", auto_map={"AutoTokenizer": [None, "tokenization_x.T"]})
-    if "tokenizer_name_or_path" in changes:
-        changes = changes | {"tokenizer_name_or_path": str(base)}
-    edit(adapter / "adapter_config.json", **changes)
+    adapter, said = explosive
     with pytest.raises(ModelError, match=said):
-        load_adapter(model, adapter, trainable=trainable)
+        load_adapter(load_model(section(tiny_base), CPU), adapter, trainable=trainable)
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_no_command_runs_the_code_of_an_adapter_to_go_on_from(
+    tiny_recipe: Callable[..., Path], explosive: tuple[Path, str], orpo: Callable[..., Any], command: str
+) -> None:
+    adapter, said = explosive
+    code, _, err = orpo(command, tiny_recipe(lora=None), "--set", f"lora.adapter={adapter}")
+    assert code == 2
+    assert said in err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_an_adapter_that_is_not_there_is_an_error(
+    tiny_recipe: Callable[..., Path], orpo: Callable[..., Any], command: str, tmp_path: Path
+) -> None:
+    code, _, err = orpo(command, tiny_recipe(lora=None), "--set", f"lora.adapter={tmp_path}/nowhere")
+    assert code == 2
+    assert "there is no adapter" in err
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "\0", "null", '"x"'])

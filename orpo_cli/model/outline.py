@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -55,12 +56,9 @@ def outline(recipe: Recipe, text: TextSide, device: torch.device) -> Iterator[Bu
         trained = sorted(fresh.untrained + fresh.added)
         if recipe.lora is not None:
             trained = rows_to_train(recipe.lora, text, fresh)
-            if recipe.lora.adapter is None:
+            with catch_warnings():  # the numbers of lora.adapter have no place to go to here
+                filterwarnings("ignore", message=".*copying from a non-meta parameter")
                 model = add_lora(base, recipe.lora, trained)
-            else:
-                adapter = PeftConfig.from_pretrained(recipe.lora.adapter)
-                adapter.inference_mode = False
-                model = get_peft_model(base, adapter)
     fuse_norms(base)
     if not section.load_in_8bit:  # over 8-bit layers, LoRA's run through peft
         fuse_lora(base)
