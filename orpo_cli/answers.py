@@ -73,7 +73,7 @@ def answer_all(speaker: Speaker, asked: Sequence[Question]) -> list[Answer]:
             ids = prompt_ids(speaker.text, pair.prompt, pair.system)
         else:
             ids = dialogue_ids(speaker.text, pair.prompt)
-        said.append(Answer(*speaker.answer_tokens(ids)))
+        said.append(Answer(*speaker.answer_ids(ids)))
     return said
 
 

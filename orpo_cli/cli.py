@@ -326,7 +326,7 @@ def generate(
 ) -> None:
     """Answers, rendered as in training; a chat on a terminal."""
     from orpo_cli.files import to_json_lines
-    from orpo_cli.generate import Sampling, load_speaker, typed_lines
+    from orpo_cli.generate import Sampling, load_speaker, typed_lines, written_lines
 
     speaker = load_speaker(target, base=base, sampling=Sampling(max_new_tokens, temperature), seed=seed)
 
@@ -337,7 +337,7 @@ def generate(
         for _ in speaker.chat(typed_lines(), show):
             typer.echo()
         return
-    for text in prompt or (line.rstrip("\n") for line in sys.stdin if line.strip()):
+    for text in prompt or written_lines(sys.stdin):
         answer, ended = speaker.answer(text, None if as_json else show)
         typer.echo(
             to_json_lines([{"prompt": text, "answer": answer, "ended": ended}]) if as_json else "", nl=not as_json

@@ -383,7 +383,7 @@ class Contestant:
             device=device,
             may_shrink=recipe.train.max_tokens_per_microbatch == "auto",
         )
-        speaker = Speaker(built.base, self.text, None, context_tokens(recipe.model), Sampling(max_new_tokens))
+        speaker = Speaker(built.base, self.text, None, Sampling(max_new_tokens))
         return scores, answer_all(speaker, asked)
 
 

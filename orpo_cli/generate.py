@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from accelerate import PartialState
@@ -16,8 +16,9 @@ from orpo_cli.data.formats import Message
 from orpo_cli.data.templates import render
 from orpo_cli.errors import InputError
 from orpo_cli.malloc import keep_freed_memory
-from orpo_cli.model.build import TextSide, build_for_scoring, context_tokens, load_text_side, stop_ids
+from orpo_cli.model.build import TextSide, build_for_scoring, context_of, context_tokens, load_text_side, stop_ids
 from orpo_cli.model.logprobs import inference, stock_attention
+from orpo_cli.recipe import Recipe
 from orpo_cli.report.terminal import warn
 from orpo_cli.subject import find_subject
 
@@ -26,7 +27,11 @@ NEW_DIALOGUE = "/new"
 
 
 def prompt_ids(text: TextSide, prompt: str, system: str | None = None) -> list[int]:
-    """Token ids of a prompt as in training: one user turn under the template, or as it is under `none`."""
+    """Token ids of a prompt as in training: one user turn under the template, or as it is under `none`.
+
+    Raises InputError for a prompt that is no Unicode text.
+    """
+    require_unicode(prompt)
     if text.template.source is None:
         ids = text.tokenizer(prompt, add_special_tokens=False).input_ids
         return [text.tokenizer.bos_token_id, *ids] if text.starts_with_bos else ids
@@ -34,9 +39,40 @@ def prompt_ids(text: TextSide, prompt: str, system: str | None = None) -> list[i
 
 
 def dialogue_ids(text: TextSide, dialogue: Sequence[Message]) -> list[int]:
-    """Token ids of a dialogue whose next turn is the assistant's, as in training; for a template that has turns."""
+    """Token ids of a dialogue whose next turn is the assistant's, as in training; for a template that has turns.
+
+    Raises InputError where a turn is no Unicode text.
+    """
+    for message in dialogue:
+        require_unicode(message.content)
     rendered = render(text.tokenizer, text.template, dialogue, add_generation_prompt=True)
     return text.tokenizer(rendered, add_special_tokens=False).input_ids
+
+
+def require_unicode(text: str) -> None:
+    """Raise InputError for a text with lone surrogates, which stand for bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the prompt {text!r:.60} is not UTF-8", "convert it, say with iconv") from None
+
+
+def check_sample_prompts(recipe: Recipe, text: TextSide) -> None:
+    """Raise InputError where one of `train.sample_prompts` leaves the model's context no room for an answer."""
+    context = context_tokens(recipe.model)
+    for prompt in recipe.train.sample_prompts:
+        try:
+            room_after(prompt_ids(text, prompt, recipe.data.system), context)
+        except InputError as error:
+            raise InputError(f"train.sample_prompts, {prompt!r:.60}: {error.message}", error.hint) from None
+
+
+def room_after(prompt: Sequence[int], context: int | None) -> int:
+    """How many tokens a context holds after a prompt's. Raises InputError where it holds none."""
+    room = sys.maxsize if context is None else context - len(prompt)
+    if room < 1:
+        raise InputError(f"the prompt has {len(prompt):,} tokens, and the model's context is {context:,}", "shorten it")
+    return room
 
 
 @dataclass(frozen=True)
@@ -56,8 +92,10 @@ def answer_to(
 ) -> tuple[str, bool]:
     """The model's answer to the token ids of a prompt, and whether it ended its turn by itself.
 
-    `show` is given the answer's text piece by piece while it is made. Random numbers come from torch's random state.
+    It ends where the model's context does. `show` is given its text piece by piece while it is made. Random numbers
+    come from torch's random state. Raises InputError where the prompt fills the context.
     """
+    room = room_after(prompt, context_of(model.config))
     ids = torch.tensor([prompt], device=model.device)
     settings: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:  # of the whole vocabulary, whatever the base's generation config would cut off
@@ -66,7 +104,7 @@ def answer_to(
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=min(sampling.max_new_tokens, room),
             eos_token_id=stop_ids(model, text),
             pad_token_id=text.tokenizer.pad_token_id,
             use_cache=True,
@@ -116,12 +154,11 @@ class Speaker:
     text: TextSide
     system: str | None
     """The system turn of the training data, if the recipe has one."""
-    context: int | None
     sampling: Sampling
 
     def answer(self, prompt: str, show: Callable[[str], None] | None = None) -> tuple[str, bool]:
         """The answer to a prompt that stands by itself, and whether it is whole."""
-        return self.answer_tokens(prompt_ids(self.text, prompt, self.system), show)
+        return self.answer_ids(prompt_ids(self.text, prompt, self.system), show)
 
     def chat(self, said: Iterable[str], show: Callable[[str], None]) -> Iterator[str]:
         """Answer each line in the dialogue of all lines before it; `/new` begins another one.
@@ -139,25 +176,16 @@ class Speaker:
                 continue
             asked = [*dialogue, Message("user", line)]
             try:
-                answer, _ = self.answer_tokens(dialogue_ids(self.text, asked), show)
+                answer, _ = self.answer_ids(dialogue_ids(self.text, asked), show)
             except InputError as error:
                 warn(f"{error.message}: {NEW_DIALOGUE} begins a new dialogue")
                 continue
             dialogue = [*asked, Message("assistant", answer)]
             yield answer
 
-    def answer_tokens(self, ids: Sequence[int], show: Callable[[str], None] | None = None) -> tuple[str, bool]:
+    def answer_ids(self, ids: Sequence[int], show: Callable[[str], None] | None = None) -> tuple[str, bool]:
         """The answer to the token ids of a prompt, as far as the context has room for it, and whether it is whole."""
-        sampling = self.sampling
-        if self.context is not None:
-            room = self.context - len(ids)
-            if room < 1:
-                raise InputError(
-                    f"the prompt has {len(ids):,} tokens, and the model's context is {self.context:,}",
-                    "shorten it",
-                )
-            sampling = Sampling(min(sampling.max_new_tokens, room), sampling.temperature)
-        return answer_to(self.model, self.text, ids, sampling, show)
+        return answer_to(self.model, self.text, ids, self.sampling, show)
 
 
 def load_speaker(target: str, *, base: str | None, sampling: Sampling, seed: int) -> Speaker:
@@ -176,7 +204,17 @@ def load_speaker(target: str, *, base: str | None, sampling: Sampling, seed: int
     text = load_text_side(recipe, subject.tokenizer)
     built = build_for_scoring(section, text, device, adapter=subject.adapter)
     torch.manual_seed(seed)
-    return Speaker(built.base, text, recipe.data.system, context_tokens(section), sampling)
+    return Speaker(built.base, text, recipe.data.system, sampling)
+
+
+def written_lines(stream: TextIO) -> Iterator[str]:
+    """The lines of a stream but for blank ones. Raises InputError where it is not UTF-8."""
+    try:
+        for line in stream:
+            if line.strip():
+                yield line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin is not UTF-8: {error}", "convert it, say with iconv") from None
 
 
 def typed_lines() -> Iterator[str]:

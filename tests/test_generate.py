@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import os
 
 import pytest
 import torch
@@ -10,7 +12,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_cli.data.formats import Message, Pair
 from orpo_cli.errors import InputError
-from orpo_cli.generate import Sampling, Speaker, answer_to, answers, dialogue_ids, load_speaker, prompt_ids
+from orpo_cli.generate import (
+    Sampling,
+    Speaker,
+    answer_to,
+    answers,
+    dialogue_ids,
+    load_speaker,
+    prompt_ids,
+    written_lines,
+)
 from orpo_cli.model.build import build_for_scoring, load_text_side, pair_tokenizer
 from orpo_cli.recipe import load_recipe
 
@@ -134,12 +145,20 @@ def test_the_base_before_training_by_its_name(tiny_run, tiny_base, speaker):
 
 
 def test_a_context_is_not_left(speaker):
-    assert speaker.context == 128
-    long = Speaker(speaker.model, speaker.text, None, speaker.context, Sampling(1000))
+    long = Speaker(speaker.model, speaker.text, None, Sampling(1000))
     room = 128 - len(prompt_ids(speaker.text, "x" * 80))
     assert 0 < len(long.answer("x" * 80)[0]) <= room  # a token is a byte
     with pytest.raises(InputError, match="and the model's context is 128"):
         long.answer("x" * 128)
+
+
+@pytest.mark.parametrize("template", ["plain", "none"])
+def test_bytes_that_are_no_text_are_refused(tiny_recipe, template):
+    text = load_text_side(load_recipe(tiny_recipe(model={"chat_template": template})))
+    with pytest.raises(InputError, match=r"the prompt 'a\\udcff' is not UTF-8"):
+        prompt_ids(text, os.fsdecode(b"a\xff"))
+    with pytest.raises(InputError, match="stdin is not UTF-8"):
+        list(written_lines(io.TextIOWrapper(io.BytesIO(b"a\n\xff\n"), encoding="utf-8")))
 
 
 def test_a_chat_goes_on_after_a_line_that_is_too_long(speaker, capsys):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from orpo_cli.data.templates import ChatTemplate, adds_bos, fit_tokenizer, resolve_template
 from orpo_cli.data.tokenize import PairTokenizer
@@ -118,7 +118,12 @@ def pair_tokenizer(recipe: Recipe, text: TextSide) -> PairTokenizer:
 
 def context_tokens(section: ModelSection) -> int | None:
     """The model's context; None where its configuration states none."""
-    return getattr(load_config(section).get_text_config(), "max_position_embeddings", None)
+    return context_of(load_config(section))
+
+
+def context_of(config: PreTrainedConfig) -> int | None:
+    """The context of a model of this configuration, in tokens; None where it states none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_max_length(section: ModelSection, max_length: int) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from orpo_cli.data.dataset import load_pairs
 from orpo_cli.errors import InputError, RunError, is_out_of_memory
 from orpo_cli.files import require_space, to_json, write_file
-from orpo_cli.generate import answers
+from orpo_cli.generate import answers, check_sample_prompts
 from orpo_cli.malloc import keep_freed_memory
 from orpo_cli.model.build import Built, build_for_training, check_max_length, load_text_side, pair_tokenizer
 from orpo_cli.model.lora import save_adapter
@@ -83,6 +83,7 @@ def train_in(run: RunDirectory, recipe: Recipe, start: Start, processes: Process
     text = load_text_side(recipe)
     check_max_length(recipe.model, recipe.data.max_length)
     train_set, held_out = load_pairs(recipe.data, pair_tokenizer(recipe, text), recipe.train, say)
+    check_sample_prompts(recipe, text)
     describe_data(train_set, held_out, text, recipe)
     record = facts(recipe, start.command, processes, text, train_set, held_out)
     checkpoint = find_checkpoint(run, start.resume_from) if start.resume or start.resume_from else None

@@ -17,7 +17,15 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from orpo_cli.data.batches import flat_batch
 from orpo_cli.data.dataset import load_held_out, load_pairs
@@ -445,6 +453,31 @@ def test_weights_that_are_not_finite_are_refused_before_the_first_step(tiny_reci
     with pytest.raises(ModelError, match=r"NaN or infinities in float32: model.layers.1.mlp.up_proj.weight$"):
         train(load_recipe(tiny_recipe(model={"name_or_path": str(tmp_path / "ill")})))
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_an_answer_ends_where_the_context_does(tiny_recipe, tiny_base, tmp_path):
+    """With learnt positions there is no next one to compute."""
+    base = tmp_path / "gpt2"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.save_pretrained(base)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=32, n_layer=1, n_head=2, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(base)
+    changes = {"sample_prompts": ["Which is larger? " * 6], "max_steps": 2}
+    recipe = load_recipe(tiny_recipe(model={"name_or_path": str(base)}, train=changes))
+    train(recipe)
+    sampled = [json.loads(line) for line in (Path(recipe.output.dir) / "samples.jsonl").read_text().splitlines()]
+    assert len(sampled) == 2
+    room = 128 - len(tokenizer(f"User: {changes['sample_prompts'][0]}\n\nAssistant:").input_ids)
+    assert 0 < room < 30
+    assert all(len(row["answer"]) <= room for row in sampled)  # a token is a byte
+
+
+def test_a_sample_prompt_that_fills_the_context_is_refused_before_the_first_step(tiny_recipe):
+    recipe = load_recipe(tiny_recipe(train={"sample_prompts": ["Hi", "x" * 127]}))
+    with pytest.raises(InputError, match=r"train\.sample_prompts, 'xxxx.*and the model's context is 128") as refused:
+        train(recipe)
+    assert refused.value.hint == "shorten it"
+    assert not (Path(recipe.output.dir) / "metrics.jsonl").exists()
 
 
 def test_sample_prompts_are_answered_at_each_evaluation(tiny_recipe):
