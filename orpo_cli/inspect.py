@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orpo_cli.data.batches import nll_positions
-from orpo_cli.data.dataset import PairReader, PairSet, load_pairs
+from orpo_cli.data.dataset import PairReader, PairSet, faulty_rows, load_pairs
 from orpo_cli.data.formats import Drop
 from orpo_cli.data.statistics import ALIKE, KeyFile, SetStatistics
 from orpo_cli.data.templates import CONTROL_LOOK, control_pattern, special_tokens
@@ -220,7 +220,8 @@ def _of_model(data: Data) -> Iterator[str]:
 
 def _of_rows(data: Data, found: Mapping[str, Any], said: str) -> Iterator[str]:
     section, dropped = data.recipe.data, found["dropped"]
-    share = sum(count for reason, count in dropped.items() if reason not in ("filtered", "duplicate")) / found["rows"]
+    faulty, rows = faulty_rows(dropped, found["rows"])
+    share = faulty / rows if rows else 0.0
     if share > section.max_dropped / 10:
         refusal = "which `orpo train` refuses" if share > section.max_dropped else "and the limit"
         yield (

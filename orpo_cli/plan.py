@@ -50,8 +50,13 @@ def check(recipe: Recipe, *, probe: bool = False) -> dict[str, Any]:
     train_set, held_out = load_pairs(recipe.data, pair_tokenizer(recipe, text), recipe.train)
     available = device_memory(device)
     figures, plan = _planned(recipe, text, train_set, held_out, device, available, process_memory(device))
-    if not plan.fits:
-        figures["would_fit"] = _remedy(recipe, text, train_set, device, available)
+    figures["too_large"] = too_large = list(_too_large(figures["memory"], figures["disk"], device))
+    figures["fits"] = not too_large
+    if too_large:
+        changes = {} if plan.fits else _remedy(recipe, text, train_set, device, available)
+        if changes is not None and "merging" in too_large and recipe.lora is not None:
+            changes["output.merge"] = False
+        figures["would_fit"] = changes or None
     if probe:
         figures["time"] = time_steps(recipe, text, train_set, held_out, processes, plan)
     return figures
@@ -74,7 +79,6 @@ def _planned(
         checkpoints = recipe.train.save_total_limit + (held_out is not None)
         whole = merged_bytes(built.base)
         figures = {
-            "fits": plan.fits,
             "device": str(device),
             "model": {
                 "parameters": built.base.num_parameters(),
@@ -147,20 +151,32 @@ def _of_evaluation(logprobs: PairLogprobs, needs: Needs, plan: Plan, held_out: P
 def _of_merging(recipe: Recipe, needs: Needs, plan: Plan, whole: int, device: torch.device) -> dict[str, int] | None:
     """Bytes on the device and on the host at the end of the run.
 
-    The merged weights are written from the host, where a copy of them is made. Onto a quantised base nothing is merged:
-    the whole one is loaded beside it, on the host.
+    Weights are merged where they lie, and written from the host. Onto a quantised base nothing is merged: the whole one
+    is loaded beside it, on the host.
     """
     if recipe.lora is not None and not recipe.output.merge:
         return None
     there = replace(needs.fixed, gradients=0, backward=0).total
+    if device.type != "cpu":
+        return {"device": there, "host": plan.process + whole}
     quantised = recipe.model.load_in_4bit or recipe.model.load_in_8bit
-    on_host = plan.process + (2 if quantised else 1) * whole
-    if device.type == "cpu":
-        total = there + on_host
-        if quantised:  # what training has freed stays with the process (malloc.py), and the base is mapped beside it
-            total = max(total, plan.peak + whole)
-        return {"device": total, "host": total}
-    return {"device": there, "host": on_host}
+    # What training has freed stays with the process (malloc.py); the whole base comes beside it.
+    total = plan.peak + whole if quantised else plan.process + there
+    return {"device": total, "host": total}
+
+
+def _too_large(memory: dict[str, Any], disk: dict[str, Any], device: torch.device) -> Iterator[str]:
+    """What takes more than there is. What is available to a CPU is so beside what the process takes by itself."""
+    for name in ("training", "evaluation"):
+        if (parts := memory[name]) and parts["total"] - parts["process"] > memory["available"]:
+            yield name
+    if parts := memory["merging"]:
+        process = memory["training"]["process"]
+        on_device, on_host = parts["device"] - process * (device.type == "cpu"), parts["host"] - process
+        if on_device > memory["available"] or on_host > device_memory(torch.device("cpu")):
+            yield "merging"
+    if disk["checkpoints"] + disk["results"] > disk["free"]:
+        yield "disk"
 
 
 def _existing(path: Path) -> Path:
@@ -292,7 +308,8 @@ def lines(recipe: Recipe, figures: dict[str, Any]) -> Iterator[str]:
     if parts := memory["merging"]:
         beside = "" if figures["device"] == "cpu" else f" on the device, {_gib(parts['host'])} on the host"
         yield f"memory, merging: {_gib(parts['device'])} GiB{beside}"
-    yield f"available on {figures['device']}: {_gib(memory['available'])} GiB"
+    beside = f", beside the process's {_gib(memory['training']['process'])}" if figures["device"] == "cpu" else ""
+    yield f"available on {figures['device']}: {_gib(memory['available'])} GiB{beside}"
     download = f", base {_gib(disk['download'])} unless it is there" if disk["download"] else ""
     yield (
         f"disk: checkpoints {_gib(disk['checkpoints'])} GiB, results {_gib(disk['results'])}{download}; "
@@ -307,14 +324,23 @@ def lines(recipe: Recipe, figures: dict[str, Any]) -> Iterator[str]:
 
 def require_fit(figures: dict[str, Any]) -> None:
     """Raise RunError where the plan does not fit, with the change that would make it."""
-    training = figures["memory"]["training"]
-    if not figures["fits"]:
-        needed, available = training["total"] - training["process"], figures["memory"]["available"]
-        remedy = figures["would_fit"]
-        raise RunError(
-            f"does not fit: training takes {_gib(needed)} GiB, and {_gib(available)} are available",
-            f"it would fit with {in_words(remedy)}" if remedy else "it takes a smaller model or a larger device",
-        )
+    if figures["fits"]:
+        return
+    memory, disk = figures["memory"], figures["disk"]
+    told = []
+    for name in figures["too_large"]:
+        if name == "disk":
+            needed, there = disk["checkpoints"] + disk["results"], f"free in {disk['directory']}"
+            told.append(f"the run's files take {_gib(needed)} GiB, and {_gib(disk['free'])} are {there}")
+        else:
+            parts, process = memory[name], memory["training"]["process"]
+            needed = parts.get("total", parts.get("host")) - process
+            told.append(f"{name} takes {_gib(needed)} GiB, and {_gib(memory['available'])} are available")
+    remedy = figures["would_fit"]
+    hint = f"it would fit with {in_words(remedy)}" if remedy else "it takes a smaller model or a larger device"
+    if figures["too_large"] == ["disk"]:
+        hint = "make room, keep fewer checkpoints (train.save_total_limit), or name another place with --output-dir"
+    raise RunError(f"does not fit: {'; '.join(told)}", hint)
 
 
 def _gib(size: int) -> str:

@@ -241,7 +241,10 @@ def _is_finished(run: RunDirectory, recipe: Recipe) -> bool:
     """Whether the run is there with all that this recipe asks for, and was made by it."""
     if not run.holds_run() or describe(run)["state"] != "finished":
         return False
-    return load_recipe(run.recipe, files_must_exist=False) == recipe
+    own = load_recipe(run.recipe, files_must_exist=False)  # the directory may be called by another name meanwhile
+    return _written_to(own, run.path, merge=own.output.merge) == _written_to(
+        recipe, run.path, merge=recipe.output.merge
+    )
 
 
 def _orpo(*arguments: str, read: bool = False) -> tuple[int, str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,6 +90,28 @@ def test_what_does_not_fit_is_refused_with_what_would(tiny_recipe, orpo, monkeyp
     code, out, err = orpo("check", recipe, "--json")
     assert (code, json.loads(out)["would_fit"]) == (1, None)
     assert "larger device" in err
+
+
+def test_what_does_not_fit_at_the_end_alone_is_refused_too(tiny_recipe, orpo, monkeypatch):
+    recipe = tiny_recipe(model={"load_in_4bit": True})
+    needed = checked(orpo, recipe)["memory"]
+    little = needed["training"]["total"] - needed["training"]["process"]  # what training takes, and no more
+    monkeypatch.setattr("orpo_cli.plan.device_memory", lambda device: little)
+    code, out, err = orpo("check", recipe, "--json")
+    assert (code, json.loads(out)["too_large"]) == (1, ["merging"])
+    assert "error: does not fit: merging takes" in err
+    assert json.loads(out)["would_fit"] == {"output.merge": False}
+    assert checked(orpo, recipe, "--set", "output.merge=false")["fits"]
+
+
+def test_a_disk_that_is_too_small_does_not_fit(tiny_recipe, orpo, monkeypatch):
+    room = checked(orpo, tiny_recipe())["disk"]
+    needed = room["checkpoints"] + room["results"]
+    for free in (needed, needed - 1):
+        monkeypatch.setattr("orpo_cli.plan.shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        code, out, err = orpo("check", tiny_recipe(), "--json")
+        assert (code, json.loads(out)["too_large"]) == ((0, []) if free == needed else (1, ["disk"]))
+    assert "--output-dir" in err
 
 
 def test_time_is_told_on_demand_and_no_weight_is_read_otherwise(tiny_recipe, tiny_base, tmp_path, orpo):

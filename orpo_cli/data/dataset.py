@@ -398,9 +398,8 @@ class PairSet:
 
     @property
     def dropped_share(self) -> float:
-        """Share of the rows that were dropped for a fault, not on purpose."""
-        faulty = sum(count for reason, count in self.dropped.items() if reason not in _WANTED_DROPS)
-        rows = self.rows or self.rows_read
+        """Share of the rows that were dropped for a fault; those that were dropped on purpose do not count."""
+        faulty, rows = faulty_rows(self.dropped, self.rows or self.rows_read)
         return faulty / rows if rows else 0.0
 
     def drop_lines(self) -> list[str]:
@@ -585,6 +584,12 @@ def count_rows(
     return found
 
 
+def faulty_rows(dropped: Mapping[str, int], rows: int) -> tuple[int, int]:
+    """How many rows were dropped for a fault, and of how many: without those that were dropped on purpose."""
+    wanted = sum(dropped.get(reason, 0) for reason in _WANTED_DROPS)
+    return sum(dropped.values()) - wanted, rows - wanted
+
+
 def _digest(pair: TokenizedPair) -> bytes:
     return hashlib.sha256(pair.chosen_ids.tobytes() + b"|" + pair.rejected_ids.tobytes()).digest()[:16]
 
@@ -650,8 +655,9 @@ def _check_dropped(pairs: PairSet) -> None:
 def _check_dropped_share(pairs: PairSet) -> None:
     share, allowed = pairs.dropped_share, pairs.reader.section.max_dropped
     if share > allowed:
+        _, rows = faulty_rows(pairs.dropped, pairs.rows or pairs.rows_read)
         raise DataError(
-            f"{share:.0%} of {pairs.rows or pairs.rows_read:,} rows were dropped, above data.max_dropped: {allowed}\n"
+            f"{share:.0%} of {rows:,} rows were dropped, above data.max_dropped: {allowed}\n"
             + "\n".join(f"  {line}" for line in pairs.drop_lines()),
             "mend the data or the recipe (data.max_length, data.columns), or raise data.max_dropped",
         )

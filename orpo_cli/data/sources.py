@@ -96,10 +96,16 @@ def _group(column: str, rows: list[Any]) -> Row:
 def _local_files(spec: SourceSpec, usual: Sequence[str]) -> list[Path] | None:
     """Return the source's files in sorted order, or None if it is on the hub."""
     path = Path(spec.path).expanduser()
+    if spec.revision is not None and (path.exists() or glob.has_magic(spec.path)):
+        raise DataError(f"{spec.path} is not on the hub and has no revision {spec.revision!r}", "leave `revision` out")
     if path.is_dir():
         if is_sliced(spec.split):
             raise DataError(f"{spec.path}: only a hub dataset's split can be sliced or summed", "use `max_pairs`")
         if is_saved_dataset(path):
+            if spec.name is not None:
+                raise DataError(
+                    f"{spec.path} is a saved dataset and has no configuration {spec.name!r}", "leave `name` out"
+                )
             return sorted(path.rglob("*.arrow"))
         return _directory_files(path, spec, usual)
     if path.is_file():

@@ -238,13 +238,18 @@ def _impossible_train(recipe: Recipe) -> Iterator[Fault]:
                 "hold some pairs out, e.g. data.eval: {holdout: 0.02}, or remove it",
                 ("data.eval",),
             )
-    if train.early_stopping_patience is not None and train.eval_steps is None and evaluates:
-        yield Fault(
-            "train.early_stopping_patience",
-            "there is nothing to stop before: eval_steps is null, so that only the end is evaluated",
-            "set train.eval_steps, e.g. 0.1, or remove it",
-            ("train.eval_steps",),
-        )
+    needs_several = {
+        "load_best_model_at_end": train.load_best_model_at_end,
+        "early_stopping_patience": train.early_stopping_patience is not None,
+    }
+    for name, is_asked_for in needs_several.items():
+        if is_asked_for and evaluates and train.eval_steps is None:
+            yield Fault(
+                f"train.{name}",
+                "there is one evaluation to choose from: eval_steps is null, so that only the end is evaluated",
+                "set train.eval_steps, e.g. 0.1, or remove it",
+                ("train.eval_steps",),
+            )
     if train.warmup_steps and train.max_steps is not None and train.warmup_steps >= train.max_steps:
         yield Fault(
             "train.warmup_steps",

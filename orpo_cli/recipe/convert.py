@@ -290,9 +290,11 @@ def _llamafactory_data(draft: Conversion) -> None:
     folder = Path(str(draft.take("dataset_dir") or "data"))
     listing = folder / "dataset_info.json"
     try:
-        known = json.loads(listing.read_text(encoding="utf-8"))
+        found = json.loads(listing.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        known = {}
+        found = {}
+    entries = found.items() if isinstance(found, dict) else ()
+    known = {name: entry for name, entry in entries if isinstance(entry, dict)}
     most = draft.number("max_samples")
     for ours, name in (("train", "dataset"), ("eval", "eval_dataset")):
         sources = []
@@ -312,9 +314,9 @@ def _llamafactory_data(draft: Conversion) -> None:
 
 def _llamafactory_source(entry: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A source from an entry of dataset_info.json."""
-    path = entry.get("hf_hub_url") or str(folder / entry.get("file_name", ""))
+    path = entry.get("hf_hub_url") or str(folder / str(entry.get("file_name") or ""))
     source = {"path": path, **_source(dict(entry), {"subset": "name", "split": "split", "num_samples": "max_pairs"})}
-    theirs = entry.get("columns", {})
+    theirs = found if isinstance(found := entry.get("columns"), dict) else {}
     columns = {ours: theirs[ours] for ours in ("chosen", "rejected", "system") if theirs.get(ours)}
     if theirs.get("query"):  # the prompt, a line break, the query
         columns |= {"instruction": theirs.get("prompt", "instruction"), "input": theirs["query"]}
@@ -486,7 +488,8 @@ def _evaluations(draft: Conversion) -> None:
     if steps:
         draft.put("train.eval_steps", steps, name or "eval_strategy")
     for key in ("eval_on_start", "metric_for_best_model", "load_best_model_at_end", "early_stopping_patience"):
-        if key == "early_stopping_patience" and draft.given.get(key) and not steps:
+        several = key in ("load_best_model_at_end", "early_stopping_patience")
+        if several and draft.given.get(key) and not steps:
             draft.leave(key, "only the end is evaluated")
         elif (value := draft.take(key)) is not None:
             draft.put(f"train.{key}", _word(value), key)

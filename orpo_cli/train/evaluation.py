@@ -49,6 +49,9 @@ def evaluate(run: Run, stop: Noted, display: StepDisplay) -> bool:
     if run.held_out:
         row = evaluation_row(scores, recipe.loss, progress.step, run.epoch)
         row |= {"eval_tokens": tokens} | {f"eval_{key}": value for key, value in cost.items()}
+        note_best(progress, row[recipe.train.metric_for_best_model], recipe)
+        if stops := progress.step < run.total_steps and patience_is_over(progress, recipe):
+            run.total_steps = run.health.total_steps = progress.step
         if run.metrics is not None:
             row |= drift(run)
             if progress.step == 0:
@@ -57,16 +60,9 @@ def evaluate(run: Run, stop: Noted, display: StepDisplay) -> bool:
                 )
             run.metrics.write(row)
             display.evaluated(row)
-        name = recipe.train.metric_for_best_model
-        sign = -1 if name.endswith(("loss", "perplexity")) else 1
-        best = progress.best_value
-        if progress.step and math.isfinite(row[name]) and (best is None or sign * row[name] > sign * best):
-            progress.best_step, progress.best_value, progress.stale = progress.step, row[name], 0
-        elif progress.step:
-            progress.stale += 1
-        if progress.step < run.total_steps and patience_is_over(progress, recipe):
-            say(f"stopping early: {name} has not been better since step {progress.best_step or 0}")
-            run.total_steps = run.health.total_steps = progress.step
+        if stops:
+            name, best = recipe.train.metric_for_best_model, progress.best_step or 0
+            say(f"stopping early: {name} has not been better since step {best}")
         if progress.step == run.total_steps:
             run.last_scores = scores
     if run.samples is not None:
@@ -74,6 +70,18 @@ def evaluate(run: Run, stop: Noted, display: StepDisplay) -> bool:
             run.samples.write({"step": progress.step, "prompt": prompt, "answer": answer, "ended": ended})
     progress.evaluated = progress.step
     return True
+
+
+def note_best(progress: Progress, value: float, recipe: Recipe) -> None:
+    """Whether this evaluation of a trained model, by its `train.metric_for_best_model`, is the best so far."""
+    if progress.step == 0:
+        return
+    sign = -1 if recipe.train.metric_for_best_model.endswith(("loss", "perplexity")) else 1
+    best = progress.best_value
+    if math.isfinite(value) and (best is None or sign * value > sign * best):
+        progress.best_step, progress.best_value, progress.stale = progress.step, value, 0
+    else:
+        progress.stale += 1
 
 
 def patience_is_over(progress: Progress, recipe: Recipe) -> bool:

@@ -80,6 +80,7 @@ def finish(
         )
         if gaps[0]:
             record["merge"] = gaps[0]
+    record["steps"] = loop.total_steps  # fewer where it stopped early
     record["data"]["train"] = loop.train_set.summary()  # a stream is counted while it is read
     write_file(run.manifest, to_json(record))
     write_report([run.path])

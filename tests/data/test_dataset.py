@@ -581,6 +581,19 @@ def test_too_many_dropped_rows_are_an_error_that_counts_them(tokenise, mixed_fil
     assert load(tokenise, mixed_file, streaming=streaming, max_dropped=0.2)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_that_are_dropped_on_purpose_hide_no_faulty_ones(tokenise, tmp_path, streaming):
+    rows = [{"prompt": f"p{i}", "chosen": "yes" if i % 5 < 2 else 3, "rejected": "no", "keep": 1} for i in range(100)]
+    rows += [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no", "keep": 0} for i in range(900)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keep = {"filter": [{"column": "keep", "eq": 1}], "streaming": streaming}
+    with pytest.raises(DataError, match=r"^60% of 100 rows were dropped, above data\.max_dropped: 0\.5"):
+        load(tokenise, str(path), **keep, max_dropped=0.5)
+    pairs, _ = load(tokenise, str(path), **keep, max_dropped=0.6)
+    assert pairs.dropped == {"filtered": 900, "malformed": 60}
+
+
 @STREAMED
 def test_a_message_with_a_key_that_is_no_unicode_is_dropped_alone(tokenise, tmp_path, streaming):
     path = write(tmp_path / "rows.jsonl", [good(0), good(1) | {"prompt": {"\ud800": None}}, good(2)])

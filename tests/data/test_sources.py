@@ -281,6 +281,7 @@ def test_saved_dataset(tmp_path):
     assert test.where(1).endswith("both (test), row 1")
     assert error_of({"path": str(tmp_path / "both"), "split": "dev"}).hint == "its splits are train, test"
     assert "has no 'dev'" in error_of({"path": str(tmp_path / "one"), "split": "dev"}).message
+    assert "no configuration 'x'" in error_of({"path": str(tmp_path / "one"), "name": "x"}).message
 
 
 def test_large_files_are_streamed(tmp_path, monkeypatch):
@@ -394,6 +395,8 @@ def test_a_file_has_no_splits(tmp_path):
     assert list(opened({"path": path, "split": "train"}).rows()) == ROWS
     assert "has no split 'test'" in error_of({"path": path, "split": "test"}).message
     assert "no configuration 'x'" in error_of({"path": path, "name": "x"}).message
+    for place in (path, str(tmp_path), str(tmp_path / "*.jsonl")):
+        assert "has no revision 'v9'" in error_of({"path": place, "revision": "v9"}).message
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zst])

@@ -811,6 +811,7 @@ def test_a_run_that_gets_no_better_stops_early(ups_and_downs, tmp_path, capsys):
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         f"step-{step:06d}" for step in sorted({best, last})
     ]
+    assert json.loads((run / "manifest.json").read_text())["steps"] == last
 
     # It has ended: to go on with it makes no step more, also where a kill took all that follows the last checkpoint.
     interrupted = tmp_path / "interrupted"
