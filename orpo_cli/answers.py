@@ -5,7 +5,7 @@ The judge is a reward model, a sequence classifier of one logit, as for the pape
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from orpo_cli.data.dataset import prompt_key
 from orpo_cli.data.formats import Message, Pair
+from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.diversity import lexical_diversity
+from orpo_cli.errors import ModelError
 from orpo_cli.generate import Speaker, dialogue_ids, prompt_ids
+from orpo_cli.model.build import TextSide
 from orpo_cli.statistics import bootstrap, sign_test
 
 
@@ -64,17 +67,23 @@ def questions(pairs: Sequence[tuple[int, Pair]], count: int | None) -> list[Ques
     return [found[i * len(found) // count] for i in range(count)]
 
 
-def answer_all(speaker: Speaker, asked: Sequence[Question]) -> list[Answer]:
-    """The model's answer to each question, rendered as in training."""
-    said = []
-    for question in asked:
-        pair = question.pair
-        if isinstance(pair.prompt, str):
-            ids = prompt_ids(speaker.text, pair.prompt, pair.system)
-        else:
-            ids = dialogue_ids(speaker.text, pair.prompt)
-        said.append(Answer(*speaker.answer_ids(ids)))
-    return said
+def answer_all(speaker: Speaker, asked: Sequence[Question], read: Iterable[TokenizedPair]) -> list[Answer]:
+    """The model's answer to each question, rendered as in training.
+
+    `read`: the pairs as the model reads them. Of a prompt that the length policy has cut there, what it left is asked.
+    """
+    cut = {pair.index: pair.chosen_ids[: pair.chosen_start].tolist() for pair in read if pair.truncated}
+    return [
+        Answer(*speaker.answer_ids(cut.get(question.index) or question_ids(speaker.text, question.pair)))
+        for question in asked
+    ]
+
+
+def question_ids(text: TextSide, pair: Pair) -> list[int]:
+    """Token ids of a pair's whole prompt."""
+    if isinstance(pair.prompt, str):
+        return prompt_ids(text, pair.prompt, pair.system)
+    return dialogue_ids(text, pair.prompt)
 
 
 def describe(answers: Mapping[str, Sequence[Answer]], asked: Sequence[Question]) -> dict[str, Any]:
@@ -130,11 +139,7 @@ class Judge:
         Of what is longer than the judge's context, the end counts.
         """
         if self.tokenizer.chat_template:
-            turns = [*messages, Message("assistant", answer)]
-            text = self.tokenizer.apply_chat_template(
-                [{"role": turn.role, "content": turn.content} for turn in turns], tokenize=False
-            )
-            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+            ids = self.tokenizer(judged_text(self.tokenizer, messages, answer), add_special_tokens=False).input_ids
         else:
             ids = self.tokenizer("\n\n".join(turn.content for turn in messages), answer).input_ids
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -145,6 +150,34 @@ class Judge:
         ids = torch.tensor([self.ids(messages, answer)], device=self.model.device)
         with torch.no_grad():
             return float(self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0])
+
+
+def judged_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answer: str) -> str:
+    """What is judged, by the tokenizer's chat template; where it has no system turns, the user's begins with that text.
+
+    Raises ModelError for a dialogue that the template refuses.
+    """
+    asked = list(messages)
+    while True:
+        turns = [{"role": turn.role, "content": turn.content} for turn in [*asked, Message("assistant", answer)]]
+        try:
+            return str(tokenizer.apply_chat_template(turns, tokenize=False))
+        except Exception as error:  # whatever a stranger's template does wrong
+            if [turn.role for turn in asked[:2]] != ["system", "user"]:
+                roles = ", ".join(turn["role"] for turn in turns)
+                raise ModelError(
+                    f"the judge's chat template refuses a dialogue of {roles}: {error}",
+                    "name another --judge, or data with the turns that it knows",
+                ) from None
+            system, user, *others = asked
+            asked = [Message("user", f"{system.content}\n\n{user.content}"), *others]
+
+
+def require_judgeable(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Question]) -> None:
+    """Raise ModelError where a judge's chat template refuses one of the questions."""
+    if tokenizer.chat_template:
+        for question in asked:
+            judged_text(tokenizer, question.messages, question.pair.chosen)
 
 
 def rewards(judge: Judge, answers: Mapping[str, Sequence[Answer]], asked: Sequence[Question]) -> dict[str, np.ndarray]:

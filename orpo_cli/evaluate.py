@@ -25,6 +25,7 @@ from orpo_cli.answers import (
     answer_all,
     describe,
     questions,
+    require_judgeable,
     rewards,
     side_by_side,
     win_rates,
@@ -40,7 +41,7 @@ from orpo_cli.generate import Sampling, Speaker
 from orpo_cli.loss import MAX_LOGP
 from orpo_cli.malloc import keep_freed_memory
 from orpo_cli.model.build import TextSide, build_for_scoring, context_tokens, load_text_side, pair_tokenizer
-from orpo_cli.model.load import classifier_section, load_classifier
+from orpo_cli.model.load import classifier_section, load_classifier, load_tokenizer
 from orpo_cli.model.logprobs import PairLogprobs, inference
 from orpo_cli.model.memory import scoring_tokens
 from orpo_cli.recipe import LossSection, Recipe, load_recipe
@@ -384,7 +385,7 @@ class Contestant:
             may_shrink=recipe.train.max_tokens_per_microbatch == "auto",
         )
         speaker = Speaker(built.base, self.text, None, Sampling(max_new_tokens))
-        return scores, answer_all(speaker, asked)
+        return scores, answer_all(speaker, asked, pairs)
 
 
 def find_base(name: str, subject: Subject) -> Subject:
@@ -425,7 +426,13 @@ def evaluate_target(
     rows = list(pairs.reader.rows_at([pair.index for pair in listed])) if extras != Extras() else []
     texts = [(index, pair) for index, _, pair in rows]
     grouped = {column: grouped_by(column, [row for _, row, _ in rows]) for column in extras.by}
-    asked = questions(texts, extras.samples) if extras.wants_answers else []
+    theirs = listed
+    if base is not None and (base.text is not model.text or base.recipe.data.max_length != recipe.data.max_length):
+        theirs = base.pairs(texts)
+    own_at, base_at = shared_places(listed, theirs)
+    asked = questions([texts[i] for i in own_at], extras.samples) if extras.wants_answers else []
+    if judge is not None:
+        require_judgeable(load_tokenizer(judge), asked)
 
     scores, said = model.examine(listed, asked, extras.max_new_tokens)
     figures = {**summarise(scores, listed, loss), "skipped": skipped(pairs)}
@@ -433,11 +440,8 @@ def evaluate_target(
     if grouped:
         figures["slices"] = {column: slices(scores, places, loss) for column, places in grouped.items()}
     if base is not None:
-        same = base.text is model.text and base.recipe.data.max_length == recipe.data.max_length
-        theirs = listed if same else base.pairs(texts)
         base_scores, answers["base"] = base.examine(theirs, asked, extras.max_new_tokens)
         figures["base"] = {"model": extras.base, **summarise(base_scores, theirs, loss)}
-        own_at, base_at = shared_places(listed, theirs)
         figures["delta"] = delta(scores.at(own_at), base_scores.at(base_at), loss)
         of_base = pair_figures(base_scores, theirs)
     if asked:

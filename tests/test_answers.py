@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
-from orpo_cli.answers import Answer, Question, questions, side_by_side, win_rates
+from orpo_cli.answers import Answer, Question, judged_text, questions, side_by_side, win_rates
 from orpo_cli.data.formats import Message, Pair
 from orpo_cli.errors import ModelError
 from orpo_cli.evaluate import Extras, evaluate_target
 from orpo_cli.generate import Sampling, load_speaker
+from orpo_cli.model.build import load_text_side, pair_tokenizer
+from orpo_cli.recipe import load_recipe
 from orpo_cli.statistics import bootstrap
+from tests.conftest import tiny_rows
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
 
@@ -120,6 +130,78 @@ def test_what_is_no_reward_model_is_refused_before_anything_is_scored(tiny_run, 
     (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b", "2": "c"}}))
     with pytest.raises(ModelError, match="3 labels"):
         evaluate_target(str(tiny_run), extras=Extras(judge=str(tmp_path)))
+
+
+@pytest.mark.parametrize("judge", ["template"], indirect=True)
+def test_a_judge_without_system_turns_reads_that_text_in_the_users(tiny_run, tmp_path, judge):
+    path, copy = tmp_path / "pairs.jsonl", tmp_path / "judge"
+    turns = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "q"}]
+    answered = {"chosen": "yes", "rejected": "no"}
+    path.write_text(
+        json.dumps({"prompt": "Why?", "system": "Be brief.", **answered})
+        + "\n"
+        + json.dumps({"prompt": "Be brief.\n\nWhy?", **answered})
+    )
+    shutil.copytree(judge, copy)
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    refusing = (
+        "{{% if messages|selectattr('role', 'eq', '{}')|list %}}{{{{ raise_exception('not that') }}}}{{% endif %}}"
+    )
+    tokenizer.chat_template = refusing.format("system") + TEMPLATE
+    tokenizer.save_pretrained(copy)
+    [first, second] = [
+        judged_text(tokenizer, question.messages, "yes")
+        for question in (
+            Question(0, Pair("Why?", "", "", system="Be brief.")),
+            Question(1, Pair("Be brief.\n\nWhy?", "", "")),
+        )
+    ]
+    assert first == second == "<user>Be brief.\n\nWhy?</s><assistant>yes</s>"
+    figures = evaluate_target(str(tiny_run), data=str(path), extras=Extras(judge=str(copy), max_new_tokens=2))
+    assert figures["answers"]["prompts"] == 2
+    assert np.isfinite(figures["judge"]["model_reward"])
+
+    path.write_text(json.dumps({"prompt": turns, **answered}))
+    tokenizer.chat_template = refusing.format("assistant") + TEMPLATE
+    tokenizer.save_pretrained(copy)
+    with pytest.raises(ModelError, match="refuses a dialogue of user, assistant, user, assistant: not that"):
+        evaluate_target(str(tiny_run), data=str(path), extras=Extras(judge=str(copy)))
+
+
+@pytest.fixture(scope="module")
+def long_prompts(tmp_path_factory) -> Path:
+    """Pairs of which every other one has a prompt beyond the tiny base's context of 128 bytes."""
+    path = tmp_path_factory.mktemp("long") / "pairs.jsonl"
+    said = [{**row, "prompt": "word " * (40 * (i % 2)) + row["prompt"]} for i, row in enumerate(tiny_rows(8))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in said))
+    return path
+
+
+def test_of_a_prompt_that_was_cut_what_is_left_is_asked(tiny_recipe, tiny_base, long_prompts):
+    recipe = tiny_recipe(data={"train": str(long_prompts), "eval": [str(long_prompts)], "overlong": "truncate_prompt"})
+    extras = Extras(samples=8, max_new_tokens=4)
+    samples = evaluate_target(str(tiny_base), recipe_file=recipe, extras=extras)["samples"]
+    assert [len(sample["prompt"]) > 200 for sample in samples] == [False, True] * 4
+    resolved = load_recipe(recipe)
+    text = load_text_side(resolved)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    for sample, row in zip(samples, map(json.loads, long_prompts.read_text().splitlines()), strict=True):
+        if len(row["prompt"]) > 200:
+            pair = pair_tokenizer(resolved, text)(Pair(row["prompt"], row["chosen"], row["rejected"]), 0)
+            asked = torch.tensor([pair.chosen_ids[: pair.chosen_start].tolist()])
+            room = min(4, 128 - asked.shape[1])
+            out = model.generate(input_ids=asked, max_new_tokens=room, do_sample=False, eos_token_id=2, pad_token_id=0)
+            assert sample["model"] == text.tokenizer.decode(out[0, asked.shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_prompts_that_the_bases_context_does_not_hold_are_not_asked(tiny_base, long_prompts, tmp_path):
+    large = shutil.copytree(tiny_base, tmp_path / "large")
+    config = json.loads((large / "config.json").read_text())
+    (large / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    extras = Extras(base=str(tiny_base), samples=8, max_new_tokens=2)
+    figures = evaluate_target(str(large), data=str(long_prompts), extras=extras)
+    assert (figures["pairs"], figures["delta"]["pairs"]) == (8, 4)
+    assert [sample["index"] for sample in figures["samples"]] == [0, 2, 4, 6]
 
 
 def test_answers_to_all_prompts_as_alpaca_eval_reads_them(tiny_run, tmp_path):
