@@ -41,8 +41,7 @@ def save_checkpoint(
     """Write checkpoints/step-NNNNNN, then delete all but the newest `keep` once the new one verifies.
 
     `write_weights` puts adapter or model safetensors into a directory. `protect` is the step of a checkpoint that is
-    never deleted (the best so far) and not counted. Those of later steps are of a course that was given up when the
-    run went on from an earlier one: they go as well. Returns the checkpoint's directory.
+    never deleted (the best so far) and not counted. Returns the checkpoint's directory.
     """
     target = checkpoint_of(directory, step)
 
@@ -61,11 +60,19 @@ def save_checkpoint(
 
 
 def delete_surplus(directory: Path, step: int, *, keep: int, protect: int | None) -> None:
-    """Delete all checkpoints but the one of `step` and the newest before it, `keep` in all, and the protected one."""
+    """Delete all of the checkpoints before that of `step` but the newest, `keep` with it, and the protected one."""
     older = [c for c in checkpoints(directory) if step_of(c) < step and step_of(c) != protect]
-    later = [c for c in checkpoints(directory) if step_of(c) > step]
-    for surplus in later + older[: max(0, len(older) - (keep - 1))]:
+    for surplus in older[: max(0, len(older) - (keep - 1))]:
         remove(surplus)
+
+
+def give_up_later(directory: Path, step: int) -> None:
+    """Delete the checkpoints of later steps: the run goes on from that of `step`, by another course.
+
+    The newest go first, each brought to the disk, so that after a kill in the midst those left are of one course.
+    """
+    for later in reversed([c for c in checkpoints(directory) if step_of(c) > step]):
+        remove(later)
 
 
 def check_sound(directory: Path) -> None:

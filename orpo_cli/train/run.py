@@ -28,7 +28,7 @@ from orpo_cli.report.terminal import mute, say
 from orpo_cli.report.trackers import check_trackers, told_to_trackers
 from orpo_cli.run import RunDirectory
 from orpo_cli.signals import Noted, last_words
-from orpo_cli.train.checkpoint import recover_checkpoints, save_checkpoint
+from orpo_cli.train.checkpoint import give_up_later, recover_checkpoints, save_checkpoint
 from orpo_cli.train.distributed import Processes, make_deterministic, seed_everything
 from orpo_cli.train.evaluation import patience_is_over, score_together
 from orpo_cli.train.finish import finish, load_best
@@ -116,6 +116,10 @@ def train_in(run: RunDirectory, recipe: Recipe, start: Start, processes: Process
         require_space(run.path, needed, "the run", given_up=run.parts() if start.overwrite else ())
         if start.overwrite:
             run.clear()
+        if checkpoint is not None:
+            # Before anything says that the run goes on from here, and before metrics.jsonl is cut back to here: a kill
+            # must not leave a later checkpoint that --resume would take together with what is not its own.
+            give_up_later(run.checkpoints, progress.step)
         write_file(run.manifest, to_json(record))  # first: it says if the recipe is another than before
         write_file(run.recipe, dump_recipe(recipe))
 

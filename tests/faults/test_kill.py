@@ -79,23 +79,30 @@ def test_the_undisturbed_run_takes_every_pair_once_an_epoch(runs, kind, monkeypa
 # ---- at every change of a file ----
 
 
-def kill_at_calls(runs: Runs, kind: str, directory: Path, mechanism: str, first: int, every: int) -> None:
-    """Kill the last steps of a run at each `every`-th change they make to a file, from the `first` on, and resume."""
+def kill_at_calls(
+    runs: Runs, kind: str, directory: Path, mechanism: str, which: slice, *, go_back: bool = False
+) -> None:
+    """Kill the last steps of a run at some of the changes they make to a file, and resume.
+
+    They are those of a run that was killed before, or with `go_back` of a finished one that is made to go on from step
+    20 with `--resume-from`.
+    """
     if mechanism == "libc" and runs.why_no_shim:
         pytest.skip(runs.why_no_shim)
     reference, run, record = runs.reference(kind), directory / "run", directory / "record"
     recipe = runs.recipe(kind, run)
+    options = ["--resume-from", str(run / "checkpoints/step-000020")] if go_back else ["--resume"]
 
     def changes(call: int) -> list[str]:
         """What the last steps changed before they were killed at this call, or in all."""
-        shutil.copytree(runs.last_steps(kind), run)
-        started = runs.start(recipe, "--resume", fault=Fault(run, record, call=call, mechanism=mechanism))
+        shutil.copytree(reference.run if go_back else runs.last_steps(kind), run)
+        started = runs.start(recipe, *options, fault=Fault(run, record, call=call, mechanism=mechanism))
         assert started.wait() == (-signal.SIGKILL if call else 0), started.output()
         return record.read_text().splitlines()
 
     total = len(changes(0))
     reference.equals(run)
-    for call in range(first, total + 1, every):
+    for call in range(1, total + 1)[which]:
         shutil.rmtree(run)
         last = changes(call)[-1]
         is_sound(run)
@@ -109,7 +116,11 @@ def kill_at_calls(runs: Runs, kind: str, directory: Path, mechanism: str, first:
 
 @pytest.mark.parametrize("mechanism", ["python", "libc"])
 def test_a_kill_at_some_calls(runs, tmp_path, mechanism):
-    kill_at_calls(runs, "file-lora", tmp_path, mechanism, first=7, every=61)
+    kill_at_calls(runs, "file-lora", tmp_path, mechanism, slice(6, None, 61))
+
+
+def test_a_kill_at_some_calls_while_a_run_goes_back(runs, tmp_path):
+    kill_at_calls(runs, "file-lora", tmp_path, "python", slice(0, 20, 4), go_back=True)
 
 
 @pytest.mark.faults
@@ -118,4 +129,10 @@ def test_a_kill_at_some_calls(runs, tmp_path, mechanism):
     ("kind", "mechanism"), [("file-lora", "libc"), ("stream-full", "libc"), ("file-full", "python")]
 )
 def test_a_kill_at_each_call(runs, tmp_path, kind, mechanism, part):
-    kill_at_calls(runs, kind, tmp_path, mechanism, first=1 + part, every=PARTS)
+    kill_at_calls(runs, kind, tmp_path, mechanism, slice(part, None, PARTS))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_kill_at_each_call_while_a_run_goes_back(runs, tmp_path, part):
+    kill_at_calls(runs, "file-lora", tmp_path, "libc", slice(part, None, PARTS), go_back=True)

@@ -12,7 +12,17 @@ import torch
 from safetensors.torch import save_file
 
 from orpo_cli.errors import InputError
-from orpo_cli.train.checkpoint import checkpoints, fault, load_checkpoint, newest_sound, save_checkpoint, step_of
+from orpo_cli.files import remove
+from orpo_cli.train import checkpoint
+from orpo_cli.train.checkpoint import (
+    checkpoints,
+    fault,
+    give_up_later,
+    load_checkpoint,
+    newest_sound,
+    save_checkpoint,
+    step_of,
+)
 
 FILES = ["MANIFEST.json", "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -107,11 +117,14 @@ def test_the_newest_are_kept_and_the_best_besides(tmp_path, keep, protect):
     assert names(tmp_path) == [f"step-{step:06d}" for step in sorted({*newest, *([protect] if protect else [])})]
 
 
-def test_going_on_from_an_earlier_one_gives_up_the_later_ones(tmp_path):
-    for step in (2, 4, 6):
-        save(tmp_path, step, keep=3)
-    save(tmp_path, 3, keep=3, protect=2)
-    assert names(tmp_path) == ["step-000002", "step-000003"]
+def test_going_on_from_an_earlier_one_gives_up_the_later_ones(tmp_path, monkeypatch):
+    for step in (2, 4, 6, 8):
+        save(tmp_path, step, keep=4)
+    left = []
+    monkeypatch.setattr(checkpoint, "remove", lambda path: (remove(path), left.append(names(tmp_path))))
+    give_up_later(tmp_path, 4)
+    assert left == [["step-000002", "step-000004", "step-000006"], ["step-000002", "step-000004"]]
+    assert is_whole(tmp_path / "step-000004", 4)
 
 
 def test_a_file_that_someone_else_put_there_does_no_harm(tmp_path):

@@ -38,10 +38,11 @@ from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import load_recipe
 from orpo_cli.run import LOCK, held
 from orpo_cli.runs import list_runs
+from orpo_cli.train import checkpoint as checkpoint_module
 from orpo_cli.train import finish as finish_module
 from orpo_cli.train import loop
 from orpo_cli.train import run as run_module
-from orpo_cli.train.checkpoint import newest_sound
+from orpo_cli.train.checkpoint import checkpoints, newest_sound
 from orpo_cli.train.run import Start, train
 from tests.conftest import resize
 from tests.runs import rows, same_files
@@ -658,6 +659,84 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_by_itself(t
     shutil.rmtree(old_run / "checkpoints")
     with pytest.raises(InputError, match="holds a trained model and no checkpoint"):
         resume(tiny_recipe())
+
+
+# Going back
+
+
+class Kill(BaseException):
+    """The end of the process, as far as what it would still have written goes."""
+
+
+def kill(*args, **keys) -> None:
+    raise Kill
+
+
+def killed_at_the_second_removal(monkeypatch) -> None:
+    calls = iter([checkpoint_module.remove, kill])
+    monkeypatch.setattr(checkpoint_module, "remove", lambda path: next(calls)(path))
+
+
+def killed_with_all_metrics(monkeypatch) -> None:
+    monkeypatch.setattr(run_module, "MetricsFile", kill)
+
+
+def killed_before_the_first_step(monkeypatch) -> None:
+    monkeypatch.setattr(run_module, "rehearse", kill)
+
+
+def killed_before_the_next_save(monkeypatch) -> None:
+    monkeypatch.setattr(loop, "checkpoint", kill)
+
+
+KILLS = {
+    killed_at_the_second_removal: ["step-000002", "step-000004"],
+    killed_with_all_metrics: ["step-000002"],
+    killed_before_the_first_step: ["step-000002"],
+    killed_before_the_next_save: ["step-000002"],
+}
+
+
+@pytest.fixture
+def course(tiny_recipe, tmp_path):
+    """A run of six steps with all of its checkpoints, and a copy with its recipe."""
+    train_keys = {"max_steps": 6, "save_steps": 2, "eval_steps": 2, "save_total_limit": 9, "sample_prompts": ["Which?"]}
+    train(load_recipe(tiny_recipe(train=train_keys, output={"dir": str(tmp_path / "whole")})))
+    shutil.copytree(tmp_path / "whole", tmp_path / "back")
+    return load_recipe(tiny_recipe(train=train_keys, output={"dir": str(tmp_path / "back")}))
+
+
+def saved_by(run: Path) -> list[str]:
+    return [path.name for path in checkpoints(run / "checkpoints")]
+
+
+def test_a_run_that_goes_back_ends_in_the_same_bytes(course, tmp_path):
+    train(course, Start(resume_from=tmp_path / "back/checkpoints/step-000002"))
+    same_files(tmp_path / "whole", tmp_path / "back")
+
+
+@pytest.mark.parametrize("die", KILLS)
+def test_a_kill_while_a_run_goes_back_leaves_one_course(course, tmp_path, monkeypatch, die):
+    back = tmp_path / "back"
+    with monkeypatch.context() as patch:
+        die(patch)
+        with pytest.raises(Kill):
+            train(course, Start(resume_from=back / "checkpoints/step-000002"))
+    assert saved_by(back) == KILLS[die]
+    train(course, Start(resume=True))
+    same_files(tmp_path / "whole", back)
+
+
+def test_a_run_that_may_not_go_back_keeps_all_it_has(course, tmp_path):
+    back = tmp_path / "back"
+    before = {path: path.read_bytes() for path in back.rglob("*") if path.is_file()}
+    named = Start(resume_from=back / "checkpoints/step-000004")
+    for changes in ({"loss": {"beta": 0.7}}, {"train": {"max_steps": 2}}):
+        tree = course.model_dump(mode="json")
+        other = type(course).model_validate({k: {**v, **changes.get(k, {})} for k, v in tree.items()})
+        with pytest.raises(InputError, match=r"these differ|lies behind"):
+            train(other, named)
+    assert {path: path.read_bytes() for path in back.rglob("*") if path.is_file()} == before
 
 
 def test_changes_are_allowed_only_to_a_run_that_goes_on(tiny_recipe):
