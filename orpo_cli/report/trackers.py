@@ -16,14 +16,14 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
-from orpo_cli.errors import InputError
+from orpo_cli.errors import InputError, Stopped
 from orpo_cli.files import make_directory, remove
 from orpo_cli.recipe import Recipe
 from orpo_cli.redact import redact
@@ -114,7 +114,7 @@ def told_to_trackers(metrics: MetricsFile | None, recipe: Recipe, directory: Pat
         if metrics is not None and recipe.output.trackers:
             rows = read_metrics(metrics.path)
             for name in dict.fromkeys(recipe.output.trackers):
-                tracker = stack.enter_context(closing(Tracker(name, recipe, directory)))
+                tracker = stack.enter_context(Tracker(name, recipe, directory))
                 for row in rows:
                     tracker.tell(row)
                 metrics.listeners.append(tracker.tell)
@@ -168,10 +168,13 @@ class Tracker:
             if self._notes is not None:
                 self._notes.write({"step": step, "evaluation": evaluation})
 
-    def close(self) -> None:
-        """Let it write or send what it still has, and end."""
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """Let it write or send what it still has, and end; it is told how the run did."""
         with self._given_up_on_failure():
-            self._at_end.close()
+            self._at_end.__exit__(kind, error, trace)
 
     @contextmanager
     def _given_up_on_failure(self) -> Iterator[None]:
@@ -222,7 +225,7 @@ class Setting:
     known: str | None
     """The id by which it knows the run; None: not yet."""
     at_end: ExitStack
-    """Takes what is to be done with it in the end."""
+    """Takes what is to be done with it in the end; `push` has that told how the run ended."""
 
 
 def _start_tensorboard(setting: Setting) -> tuple[Log, str]:
@@ -262,7 +265,7 @@ def _start_wandb(setting: Setting) -> tuple[Log, str]:
         ),
     )
     tracker.start()
-    setting.at_end.callback(tracker.finish)
+    setting.at_end.push(lambda kind, *_: tracker.tracker.finish(exit_code=int(kind is not None)))
     tracker.store_init_configuration(setting.config)
     # Its own step only ever rises, which that of an evaluation that a resumed run makes up for does not.
     tracker.tracker.define_metric("*", step_metric="step")
@@ -304,7 +307,7 @@ def _start_mlflow(setting: Setting) -> tuple[Log, str]:
         setting.at_end.callback(mlflow.set_tracking_uri, None)
     tracker = MLflowTracker(PROJECT, run_id=setting.known, run_name=setting.title)
     tracker.start()
-    setting.at_end.callback(tracker.finish)
+    setting.at_end.push(lambda kind, *_: mlflow.end_run(_MLFLOW_STATUS.get(kind, "FAILED")))
     run_id = tracker.tracker.info.run_id
     if setting.known is None:  # what it has been given cannot be changed
         tracker.store_init_configuration(setting.config)
@@ -312,6 +315,8 @@ def _start_mlflow(setting: Setting) -> tuple[Log, str]:
     return lambda values, step: tracker.log(values, step=step), run_id
 
 
+# By what ended the run.
+_MLFLOW_STATUS = {None: "FINISHED", Stopped: "KILLED"}
 _STARTS = {
     "tensorboard": _start_tensorboard,
     "wandb": _start_wandb,

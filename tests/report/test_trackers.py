@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import yaml
 
-from orpo_cli.errors import InputError
+from orpo_cli.errors import InputError, RunError, Stopped
 from orpo_cli.recipe import load_recipe
 from orpo_cli.report.metrics import MetricsFile, comparable, read_metrics
 from orpo_cli.report.trackers import PACKAGES, Tracker, check_trackers, figures, flattened, told_to_trackers
@@ -235,9 +236,8 @@ def test_a_tracker_that_would_write_outside_of_the_run_is_left(tiny_recipe, tmp_
     directory.mkdir(parents=True)
     (tmp_path / "outside").mkdir()
     (directory / name).symlink_to(tmp_path / "outside")
-    tracker = Tracker("tensorboard", load_recipe(tiny_recipe()), directory)
-    tracker.tell({"step": 1, "loss": 1.0})
-    tracker.close()
+    with Tracker("tensorboard", load_recipe(tiny_recipe()), directory) as tracker:
+        tracker.tell({"step": 1, "loss": 1.0})
     err = "".join(capsys.readouterr().err.split())
     assert f"tensorboardistoldnothingmore:{directory / name}isalink," in err
     assert not list((tmp_path / "outside").iterdir())
@@ -245,10 +245,9 @@ def test_a_tracker_that_would_write_outside_of_the_run_is_left(tiny_recipe, tmp_
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_ends_a_tracker_and_not_what_tells_it(tiny_recipe, disk, capsys):
-    tracker = Tracker("tensorboard", load_recipe(tiny_recipe()), disk / "trackers")
-    for step in range(1, 1000):
-        tracker.tell({"step": step, "loss": 1.0})
-    tracker.close()
+    with Tracker("tensorboard", load_recipe(tiny_recipe()), disk / "trackers") as tracker:
+        for step in range(1, 1000):
+            tracker.tell({"step": step, "loss": 1.0})
     err = " ".join(capsys.readouterr().err.split())
     assert err.count("tensorboard is told nothing more") == 1
     assert "No space left on device" in err
@@ -316,6 +315,25 @@ def test_mlflow_elsewhere_goes_on_with_the_run_and_is_told_nothing_twice(tiny_re
     assert without_times(found) == written(tmp_path / "run", times=False)
     assert {step for step, name, _ in found if name == "eval/loss"} == {0, 2, 4, 6, 8}
     assert [path.name for path in (tmp_path / "run/trackers").iterdir()] == ["mlflow.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, "FINISHED"), (RunError("x", None), "FAILED"), (Stopped(15, "x"), "KILLED")]
+)
+def test_mlflow_is_told_how_a_run_ended(tiny_recipe, tmp_path, monkeypatch, error, status):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    with (
+        pytest.raises(type(error)) if error else nullcontext(),
+        Tracker("mlflow", load_recipe(tiny_recipe()), tmp_path / "trackers") as tracker,
+    ):
+        tracker.tell({"step": 1, "loss": 1.0})
+        if error:
+            raise error
+    client = mlflow.MlflowClient((tmp_path / "trackers/mlflow").as_uri())
+    [experiment] = client.search_experiments(filter_string="name = 'orpo'")
+    [run] = client.search_runs([experiment.experiment_id])
+    assert run.info.status == status
 
 
 def of_trackio(directory: Path) -> tuple[Figures, dict[str, Any]]:
