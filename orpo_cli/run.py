@@ -195,10 +195,20 @@ def open_run(path: Path) -> tuple[RunDirectory, Recipe]:
 
 def read_manifest(run: RunDirectory) -> dict[str, Any]:
     """The run's manifest, empty if it has none. Raises InputError for one that someone has spoilt."""
+    return _read_object(run.manifest, "begin a new run, or delete the file and go on with --resume --allow-changes")
+
+
+def read_eval(run: RunDirectory) -> dict[str, Any]:
+    """The run's held-out figures, empty if it has none. Raises InputError for a file that someone has spoilt."""
+    return _read_object(run.eval, f"orpo eval {run.path} --output {run.eval} writes it anew")
+
+
+def _read_object(path: Path, hint: str) -> dict[str, Any]:
+    """The JSON object of a file, empty where there is none. Raises InputError, with the hint, for anything else."""
     try:
-        return json.loads(run.manifest.read_text(encoding="utf-8")) if run.manifest.exists() else {}
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
-        raise InputError(
-            f"{run.manifest} is damaged: {error}",
-            "begin a new run, or delete the file and go on with --resume --allow-changes",
-        ) from error
+        raise InputError(f"{path} is damaged: {error}", hint) from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is damaged: it holds no object", hint)
+    return found

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_cli.errors import InputError
-from orpo_cli.run import LOCK, RunDirectory, open_run
+from orpo_cli.run import LOCK, RunDirectory, open_run, read_eval
 
 FIGURES = {"accuracy": True, "log_odds_ratio": True, "chosen_perplexity": False, "loss": False}
 """The held-out figures of the table, by their names in `eval.json`: whether higher is better."""
@@ -75,9 +75,12 @@ def describe(run: RunDirectory) -> dict[str, Any]:
     # A run that was prolonged and stopped still has what it made before: then steps follow the last evaluation.
     elif all(path.exists() for path in made) and (evaluated is None or evaluated["step"] == about["step"]):
         about["state"] = "finished"
+        try:
+            figures = read_eval(run)
+        except InputError:
+            about["state"], figures = "damaged", {}
         if recipe.data.eval is not None and recipe.train.load_best_model_at_end:  # not the last one's, perhaps
-            figures = json.loads(run.eval.read_text(encoding="utf-8"))
-            about |= {name: figures[name] for name in _IN_METRICS}
+            about |= {name: figures.get(name) for name in _IN_METRICS}
     else:
         about["state"] = "interrupted"
     return about

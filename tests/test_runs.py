@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from orpo_cli.errors import InputError
+from orpo_cli.report.page import write_report
 from orpo_cli.run import LOCK, RunDirectory
 from orpo_cli.runs import describe, find_runs, list_runs, table
 
@@ -55,6 +56,25 @@ def test_what_is_half_written_or_damaged_spoils_nothing(run):
     run.recipe.write_text("{")
     assert describe(run)["state"] == "unreadable"
     assert "unreadable" in table([describe(run)])
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_run_with_a_damaged_evaluation_does_not_hide_the_others(run, tmp_path, content):
+    """Which evaluation is that of the best weights only the file says."""
+    spoilt = RunDirectory(shutil.copytree(run.path, tmp_path / "runs" / "spoilt"))
+    best = (
+        spoilt.recipe.read_text().replace("at_end: false", "at_end: true").replace("eval_steps: null", "eval_steps: 2")
+    )
+    spoilt.recipe.write_text(best)
+    assert describe(spoilt)["accuracy"] == json.loads(spoilt.eval.read_text())["accuracy"]
+    spoilt.eval.write_text(content)
+    found = {Path(about["run"]).name: about for about in list_runs([tmp_path], sort="accuracy")}
+    assert {name: about["state"] for name, about in found.items()} == {run.path.name: "finished", "spoilt": "damaged"}
+    assert found["spoilt"]["accuracy"] is None
+    assert found[run.path.name]["accuracy"] is not None
+    with pytest.raises(InputError, match=r"eval\.json is damaged") as refused:
+        write_report([spoilt.path])
+    assert refused.value.hint == f"orpo eval {spoilt.path} --output {spoilt.eval} writes it anew"
 
 
 def test_runs_are_found_at_any_depth_but_not_in_one_another(run, tmp_path):

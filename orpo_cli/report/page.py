@@ -19,7 +19,7 @@ from orpo_cli.files import write_file
 from orpo_cli.recipe import Recipe, dump_recipe
 from orpo_cli.report.charts import Points, Series, chart, histogram
 from orpo_cli.report.health import Health, diagnose
-from orpo_cli.run import RunDirectory, open_run, read_manifest
+from orpo_cli.run import RunDirectory, open_run, read_eval, read_manifest
 
 COLOURS = "abcdefgh"
 """The page's colours: classes that its style gives a colour to."""
@@ -48,7 +48,6 @@ class Record:
     def of(cls, path: Path) -> Record:
         """What lies in a run's directory. Raises InputError where there is no run."""
         run, recipe = open_run(path)
-        figures = json.loads(run.eval.read_text(encoding="utf-8")) if run.eval.exists() else {}
         return cls(
             path=path,
             name=str(path),
@@ -56,7 +55,7 @@ class Record:
             manifest=read_manifest(run),
             rows=whole_lines(run.metrics),
             samples=whole_lines(run.samples),
-            figures=figures,
+            figures=read_eval(run),
             pairs=whole_lines(run.eval_pairs),
             pairs_before=whole_lines(run.start_pairs),
         )
