@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
@@ -277,17 +279,21 @@ def evaluate(
     for option, file in (("--output", output), ("--answers", answers)):
         if file is not None and (file.is_dir() or not file.parent.is_dir()):
             raise InputError(f"{option} {file}: no file can be written there", "name a file in a directory that exists")
-    from orpo_cli.evaluate import Extras, evaluate_target
+    from orpo_cli.evaluate import Extras, evaluate_target, figure_names
     from orpo_cli.report import evaluation
 
     extras = Extras(base, tuple(by or ()), samples, judge, answers, max_new_tokens)
+    names = figure_names(extras) if thresholds else set()
+    for metric, _ in thresholds:
+        if metric.split(".")[0] not in names:
+            raise _no_figure(metric, names)
     figures = evaluate_target(target, data=data, recipe_file=recipe, output=output, extras=extras)
     typer.echo(to_json(figures), nl=False)
     evaluation.show(figures)
     for metric, least in thresholds:
         value = _figure(figures, metric)
         if not isinstance(value, int | float):
-            raise InputError(f"--fail-under: there is no figure {metric}", f"there are {', '.join(sorted(figures))}")
+            raise _no_figure(metric, figures)
         if not value >= least:
             raise RunError(f"{metric} is {value:.4g}, below {least:g}")
 
@@ -464,9 +470,16 @@ def _print_error(message: str, hint: str | None) -> None:
 def _threshold(text: str) -> tuple[str, float]:
     metric, equals, least = text.partition("=")
     try:
-        return metric, float(least if metric and equals else "")
+        number = float(least if metric and equals else "")
     except ValueError:
-        raise InputError(f"--fail-under {text}: not METRIC=X", "for instance --fail-under accuracy=0.8") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"--fail-under {text}: not METRIC=X", "for instance --fail-under accuracy=0.8")
+    return metric, number
+
+
+def _no_figure(metric: str, known: Iterable[str]) -> InputError:
+    return InputError(f"--fail-under: there is no figure {metric}", f"there are {', '.join(sorted(known))}")
 
 
 def _figure(figures: object, name: str) -> object:

@@ -337,6 +337,21 @@ class Extras:
         return bool(self.samples or self.judge or self.answers)
 
 
+def figure_names(extras: Extras) -> set[str]:
+    """The outermost names of the figures of `evaluate_target`, found by summarising a made-up pair."""
+    asked = {
+        "slices": extras.by,
+        "base": extras.base,
+        "delta": extras.base,
+        "answers": extras.wants_answers,
+        "samples": extras.samples,
+        "judge": extras.judge,
+    }
+    pair = TokenizedPair(0, np.arange(2), np.arange(2), 1, 1, None)
+    figures = summarise(Scores(*np.full((4, 1), -1.0)), [pair], LossSection())
+    return {*figures, "skipped", *(name for name, wanted in asked.items() if wanted)}
+
+
 @dataclass(frozen=True)
 class Contestant:
     """A model that is to be scored and asked, not loaded yet, and how it reads."""

@@ -331,12 +331,25 @@ def test_eval_fails_under_a_threshold_but_prints_the_figures(orpo, tiny_run):
 
 def test_eval_refuses_a_threshold_of_no_figure(orpo, tiny_run):
     code, out, err = orpo("eval", tiny_run, "--fail-under", "acuracy=0.1")
+    assert (code, out) == (2, "")  # before anything is scored
+    assert err.startswith("error: --fail-under: there is no figure acuracy\nhint: there are accuracy, ")
+    assert orpo("eval", tiny_run, "--fail-under", "delta.accuracy=0.1")[:2] == (2, "")
+    code, out, err = orpo("eval", tiny_run, "--fail-under", "accuracy_by_length.acuracy=0.1")
     assert code == 2
     assert json.loads(out)
-    assert "\nerror: --fail-under: there is no figure acuracy\nhint: there are accuracy, " in err
+    assert "\nerror: --fail-under: there is no figure accuracy_by_length.acuracy\nhint: there are accuracy, " in err
 
 
-@pytest.mark.parametrize("threshold", ["accuracy", "accuracy=", "accuracy=much", "=0.5"])
+@pytest.mark.parametrize("command", [["sweep", "a.yaml", "--tolerance"], ["generate", "run", "--temperature"]])
+def test_an_option_that_is_no_number_is_refused(orpo, command):
+    code, out, err = orpo(*command, "nan")
+    assert (code, out) == (2, "")
+    assert f"Invalid value for '{command[-1]}': Input should be greater than or equal to 0" in err
+
+
+@pytest.mark.parametrize(
+    "threshold", ["accuracy", "accuracy=", "accuracy=much", "=0.5", "accuracy=nan", "accuracy=inf"]
+)
 def test_eval_refuses_what_is_no_threshold_before_it_scores(orpo, threshold):
     hint = "hint: for instance --fail-under accuracy=0.8\n"
     assert orpo("eval", "run", "--fail-under", threshold) == (

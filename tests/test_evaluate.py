@@ -23,6 +23,7 @@ from orpo_cli.evaluate import (
     delta,
     evaluate_target,
     evaluation_row,
+    figure_names,
     pair_lines,
     score_pairs,
     slices,
@@ -243,6 +244,13 @@ def test_a_run_on_other_pairs(tiny_run, tmp_path):
     figures = evaluate_target(str(tiny_run), data=str(path))
     assert figures["pairs"] == 2
     assert figures["skipped"]["identical"] == 1
+
+
+@pytest.mark.parametrize("asked", [{}, {"base": True, "by": ("prompt",), "samples": 2}, {"answers": True}])
+def test_the_names_of_the_figures_are_known_beforehand(tiny_run, tiny_base, tmp_path, asked):
+    given = {"base": str(tiny_base), "answers": tmp_path / "answers.json"}
+    extras = Extras(max_new_tokens=1, **{name: given.get(name, value) for name, value in asked.items()})
+    assert figure_names(extras) == evaluate_target(str(tiny_run), extras=extras).keys()
 
 
 def test_what_is_missing_is_said(tiny_base, tiny_recipe, tmp_path):
