@@ -7,8 +7,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from orpo_cli.errors import InputError
-from orpo_cli.recipe import Recipe, SourceSpec, load_recipe
+from orpo_cli.data.dataset import HELD_OUT_SPLITS, open_sources
+from orpo_cli.errors import DataError, InputError
+from orpo_cli.recipe import DataSection, Recipe, SourceSpec, load_recipe
 from orpo_cli.run import open_run
 
 
@@ -27,13 +28,15 @@ class Subject:
 def find_subject(target: str, recipe: Recipe | None, data: str | None, *, scores: bool = True) -> Subject:
     """What `target` names. `recipe` says how to use what is in no run; `data` replaces the held-out source.
 
+    Where a run's own recipe says what columns its data has, and `data` has others, it is recognised by itself.
+
     `scores`: pairs are going to be scored, so that something has to say which.
 
     Raises InputError where it names nothing, or nothing says which pairs to use.
     """
     if not target or data == "":
         raise InputError("a model or a source of data was given as an empty text", "leave it out, or name one")
-    path = Path(target)
+    path, own_recipe = Path(target), recipe is None
     if (path / "recipe.yaml").is_file():
         run, own = open_run(path)
         adapter = run.adapter if own.lora is not None else None
@@ -62,8 +65,21 @@ def find_subject(target: str, recipe: Recipe | None, data: str | None, *, scores
     if data is None:
         return subject
     # The filter is for the training data; other data need not have its columns.
-    section = subject.recipe.data.model_copy(update={"eval": [SourceSpec(path=data)], "filter": []})
+    source = SourceSpec(path=data)
+    section = subject.recipe.data.model_copy(update={"eval": [source], "filter": []})
+    if own_recipe and not _fits(source, section):
+        section = section.model_copy(update={"columns": {}, "format": "auto"})
     return dataclasses.replace(subject, recipe=subject.recipe.model_copy(update={"data": section}))
+
+
+def _fits(source: SourceSpec, section: DataSection) -> bool:
+    """Whether the source has the columns and the shape that the section names, if it names any."""
+    if not section.columns and section.format == "auto":
+        return True
+    try:
+        return bool(open_sources([source], section, HELD_OUT_SPLITS))
+    except DataError:
+        return False
 
 
 def _base_of_adapter(path: Path) -> tuple[str, str]:

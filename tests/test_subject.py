@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import yaml
 
 from orpo_cli.errors import InputError
 from orpo_cli.recipe import load_recipe
@@ -58,6 +59,29 @@ def test_a_recipe_says_how_to_use_what_has_none(tiny_base, tiny_recipe):
 def test_other_data_takes_the_place_of_the_held_out_set(tiny_run, tiny_pairs):
     subject = find_subject(str(tiny_run), None, str(tiny_pairs))
     assert [source.path for source in subject.recipe.data.eval] == [str(tiny_pairs)]
+
+
+@pytest.mark.parametrize("own", [{"columns": {"prompt": "q", "chosen": "good"}}, {"format": "messages"}])
+def test_other_data_is_read_as_the_runs_if_it_can_be(tiny_run, tiny_pairs, tmp_path, own):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["data"] |= own
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    asked = {"role": "user", "content": "p"}
+    alike = {"q": "p", "good": "a", "chosen": [asked, {"role": "assistant", "content": "b"}], "rejected": "c"}
+    alike["rejected"] = [asked, {"role": "assistant", "content": "c"}] if "format" in own else "c"
+    (tmp_path / "alike.jsonl").write_text(json.dumps(alike))
+    [of_alike, of_other, by_recipe] = [
+        find_subject(str(run), given, str(data)).recipe.data
+        for given, data in (
+            (None, tmp_path / "alike.jsonl"),
+            (None, tiny_pairs),
+            (load_recipe(run / "recipe.yaml"), tiny_pairs),
+        )
+    ]
+    for section in (of_alike, by_recipe):
+        assert {key: getattr(section, key) for key in own} == own
+    assert (of_other.columns, of_other.format) == ({}, "auto")
 
 
 def test_an_unfinished_run_is_no_model(tiny_run, tmp_path):

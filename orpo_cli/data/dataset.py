@@ -58,6 +58,8 @@ _WANTED_DROPS = ("filtered", "duplicate")
 Tell = Callable[[str], None]
 # A row's position and its text; None where its tokens are held.
 Unread = tuple[int, Pair | Drop | None]
+# Of a source of `data.eval` that has several splits and names none, the first of these that is there.
+HELD_OUT_SPLITS = ("test", "validation", "test_prefs")
 
 
 def tell_nobody(line: str) -> None:
@@ -462,7 +464,7 @@ def load_eval_pairs(
     section: DataSection, specs: Sequence[SourceSpec], tokenise: PairTokenizer, tell: Tell = tell_nobody
 ) -> PairSet:
     """A held-out set of its own, kept in memory."""
-    reader = PairReader(open_sources(specs, section, ("test", "validation", "test_prefs")), section, tokenise)
+    reader = PairReader(open_sources(specs, section, HELD_OUT_SPLITS), section, tokenise)
     pairs, _ = survey(reader, section, None, keep=True, tell=tell)
     return pairs
 
