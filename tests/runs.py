@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ def rows(run: Path) -> list[dict]:
 
 
 def same_files(one: Path, other: Path, *, checkpoints: bool = True) -> None:
-    """The same files are in both runs and equal to the byte, but for the output directory's name and the times.
+    """The same files are in both runs and equal to the byte, but for the output directory, times, memory and command.
 
     Without `checkpoints`, of those only the newest is looked at: a run that a signal stopped has made one more.
     """
@@ -48,8 +50,19 @@ def _recipe(path: Path) -> Any:
     return recipe
 
 
-def _data(path: Path) -> Any:
-    return _json(path)["data"]
+def _manifest_of_run(path: Path) -> Any:
+    """All but how the run was called and how often gone on with, and what else the process and the machine held."""
+    manifest = {key: value for key, value in _json(path).items() if key not in ("command", "resumed")}
+    memory = manifest["memory"]
+    del memory["available_bytes"], memory["estimated_bytes"]["process"], memory["estimated_bytes"]["total"]
+    return manifest
+
+
+def _report(path: Path) -> str:
+    """The whole page but for the directory's name and the command."""
+    directory = yaml.safe_load((path.parent / "recipe.yaml").read_text(encoding="utf-8"))["output"]["dir"]
+    page = path.read_text(encoding="utf-8").replace(escape(directory), "RUN")
+    return re.sub(r'(<th scope="row">command</th><td>)[^<]*', r"\1", page)
 
 
 def _state(path: Path) -> Any:
@@ -63,9 +76,9 @@ def _manifest(path: Path) -> Any:
 
 
 _READ = {
-    "report.html": lambda path: path.read_text(encoding="utf-8").count("<svg "),
+    "report.html": _report,
     "recipe.yaml": _recipe,
-    "manifest.json": _data,
+    "manifest.json": _manifest_of_run,
     "metrics.jsonl": lambda path: rows(path.parent),
     "state.json": _state,
     "MANIFEST.json": _manifest,
