@@ -14,6 +14,7 @@ import torch
 
 from orpo_cli.data.dataset import PairSet, load_pairs
 from orpo_cli.errors import RunError
+from orpo_cli.generate import check_sample_prompts
 from orpo_cli.malloc import keep_freed_memory
 from orpo_cli.merge import merged_bytes
 from orpo_cli.model.build import TextSide, build_for_training, check_max_length, load_text_side, pair_tokenizer
@@ -48,6 +49,7 @@ def check(recipe: Recipe, *, probe: bool = False) -> dict[str, Any]:
     text = load_text_side(recipe)
     check_max_length(recipe.model, recipe.data.max_length)
     train_set, held_out = load_pairs(recipe.data, pair_tokenizer(recipe, text), recipe.train)
+    check_sample_prompts(recipe, text)
     available = device_memory(device)
     figures, plan = _planned(recipe, text, train_set, held_out, device, available, process_memory(device))
     figures["too_large"] = too_large = list(_too_large(figures["memory"], figures["disk"], device))

@@ -71,6 +71,13 @@ def test_every_fault_of_the_recipe_is_told_at_once(tiny_recipe, orpo):
     assert "train.batch_size" in err
 
 
+def test_a_sample_prompt_that_fills_the_context_is_refused(tiny_recipe, orpo):
+    code, _, err = orpo("check", tiny_recipe(train={"sample_prompts": ["x" * 127]}))
+    assert code == 2
+    assert err.startswith("error: train.sample_prompts, 'xxxx")
+    assert err.endswith(" tokens, and the model's context is 128\nhint: shorten it\n")
+
+
 def test_what_does_not_fit_is_refused_with_what_would(tiny_recipe, orpo, monkeypatch):
     recipe = tiny_recipe(lora=None, train={"max_tokens_per_microbatch": 600}, model={"gradient_checkpointing": False})
     needed = checked(orpo, recipe)["memory"]["training"]
