@@ -213,6 +213,8 @@ class PairSet:
     dropped: Counter[str] = field(default_factory=Counter)
     rows_read: int = 0
     """Rows of an uncounted stream that have been read so far, each once."""
+    begun_late: bool = False
+    """Whether reading began behind the start: what an uncounted stream has there, this process cannot tell."""
     _counted: set[int] = field(default_factory=set)
     examples: dict[str, str] = field(default_factory=dict)
     """For each reason of dropping, where the first such row stands and what is wrong with it."""
@@ -267,6 +269,7 @@ class PairSet:
 
     def in_order(self, *, seed: int, shuffle: bool, start: Position) -> Iterator[tuple[TokenizedPair, Position]]:
         """Pairs from a position on, epoch after epoch without end, each with the position after it."""
+        self.begun_late |= start != Position()
         if self.quotas is not None:
             yield from self._mixed(seed=seed, shuffle=shuffle, start=start)
             return
@@ -414,7 +417,8 @@ class PairSet:
         return "+".join(source.rows.fingerprint for source in self.reader.sources)
 
     def summary(self) -> dict[str, Any]:
-        """What the manifest says of the set."""
+        """What the manifest says of the set; None for counts of a stream that was not read from its start."""
+        known = self.rows is not None or (self.rows_read > 0 and not self.begun_late)
         weighted = any(source.spec.weight for source in self.reader.sources)
         numbers = self.quotas if weighted and self.quotas else [None for _ in self.reader.sources]
         sizes: Sequence[int | None] = self.sizes or [None]  # a single source, if it was not counted
@@ -431,10 +435,10 @@ class PairSet:
                 }
                 for source, size, number in zip(self.reader.sources, sizes, numbers, strict=True)
             ],
-            "rows": self.rows if self.rows is not None else self.rows_read,
+            "rows": (self.rows or self.rows_read) if known else None,
             "pairs": self.pairs,
-            "truncated": self.truncated,
-            "dropped": dict(sorted(self.dropped.items())),
+            "truncated": self.truncated if known else None,
+            "dropped": dict(sorted(self.dropped.items())) if known else None,
         }
 
 

@@ -270,8 +270,8 @@ def data(run: Record) -> str:
         if counted is None:
             continue
         rows = [["pairs used", counts(split, run)], ["rows read", number(counted.get("rows"))]]
-        rows += [[f"dropped: {reason}", f"{count:,}"] for reason, count in counted.get("dropped", {}).items()]
-        rows += [["truncated", f"{counted.get('truncated', 0):,}"]]
+        rows += [[f"dropped: {reason}", f"{count:,}"] for reason, count in (counted.get("dropped") or {}).items()]
+        rows += [["truncated", number(counted.get("truncated"))]]
         rows += [["source", f"{s.get('path')} (format {s.get('format')})"] for s in counted.get("sources", [])]
         parts.append(f"<h3>{title}</h3>{table(['', ''], rows)}")
     return "".join(parts) or note("The manifest says nothing of the data.")

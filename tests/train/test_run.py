@@ -184,6 +184,29 @@ def test_a_fault_in_a_stream_is_told_when_its_step_has_come(tiny_recipe, tiny_pa
     assert all(thread.name != "orpo-ahead" for thread in threading.enumerate())
 
 
+def test_a_resumed_run_claims_no_counts_of_a_stream_that_it_did_not_read_from_its_start(
+    tiny_recipe, tiny_pairs, tmp_path
+):
+    lines = tiny_pairs.read_text().splitlines()
+    lines[3] = '{"prompt": "no answers"}'
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    data = {"train": str(tmp_path / "pairs.jsonl"), "eval": None, "streaming": True, "shuffle": False}
+
+    def counts() -> list:
+        said = json.loads((tmp_path / "run/manifest.json").read_text())["data"]["train"]
+        return [said[name] for name in ("rows", "truncated", "dropped")]
+
+    train(load_recipe(tiny_recipe(data=data)))
+    read, truncated, dropped = counts()
+    assert 33 <= read <= 64  # four steps of eight, and what was read together with them
+    assert (truncated, list(dropped.values())) == (0, [1])
+    resume(tiny_recipe(data=data, train={"max_steps": 6}))
+    assert counts() == [None, None, None]
+    resume(tiny_recipe(data=data, train={"max_steps": 6}))  # with no step left
+    assert counts() == [None, None, None]
+    assert "dropped" not in (tmp_path / "run/report.html").read_text().partition('id="data"')[2].partition("id=")[0]
+
+
 def with_little_memory(monkeypatch, tokens: int) -> list[int]:
     """A device on which no more than so many tokens' gradients can be computed at once; the sizes that were tried."""
     tried: list[int] = []
