@@ -204,6 +204,9 @@ def mean_figures(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
         if name in _PERPLEXITIES:  # exp is monotone, so an interval's ends map to ends
             figures[_PERPLEXITIES[name]] = float(_perplexity(means[i]))
             figures[f"{_PERPLEXITIES[name]}_ci95"] = [float(_perplexity(high[i])), float(_perplexity(low[i]))]
+    correct = columns["accuracy"]
+    if correct.all() or not correct.any():  # resampled, they are all alike again, as if that were certain
+        figures["accuracy_ci95"] = accuracy_figures(correct)["accuracy_ci95"]
     return figures
 
 

@@ -478,6 +478,9 @@ def _conclusion(summary: Mapping[str, Any]) -> Iterator[str]:
     best = summary["best"]
     if best is None:
         return
+    if not any(run.get("ended") for run in summary["runs"]):
+        tokens = summary["answers"]["max_new_tokens"]
+        yield f"no answer of any run ended within {tokens} tokens, which decided nothing: raise --max-new-tokens"
     figure = f"{summary['metric'].replace('_', ' ')} {_cell(best, summary['metric'])}"
     low, high = best["perplexity_cost_ci95"]
     yield f"best: {best['run']}, {figure}; chosen perplexity {_cell(best, 'chosen_perplexity')}"

@@ -24,6 +24,7 @@ from orpo_cli.evaluate import (
     evaluate_target,
     evaluation_row,
     figure_names,
+    mean_figures,
     pair_lines,
     score_pairs,
     slices,
@@ -69,6 +70,16 @@ def naive_figures(scores: Scores, loss: LossSection) -> dict[str, float]:
     }
 
 
+@pytest.mark.parametrize("all_right", [False, True])
+def test_pairs_that_are_all_alike_are_not_taken_for_certain(all_right):
+    ratios = np.full(30, 1.0 if all_right else -1.0)
+    columns = {"accuracy": (ratios > 0).astype(float), "log_odds_ratio": ratios}
+    low, high = mean_figures(columns)["accuracy_ci95"]
+    # Wilson's ends at a share of 0 of n are 0 and z^2 / (n + z^2).
+    expected = 1.959963984540054**2 / (30 + 1.959963984540054**2)
+    assert (low, high) == pytest.approx((1 - expected, 1.0) if all_right else (0.0, expected))
+
+
 @pytest.mark.parametrize("reduction", ["pair", "token"])
 def test_the_means_are_those_of_the_pairs(reduction):
     scores, loss = random_scores(30), LossSection(beta=0.3, nll_reduction=reduction)
@@ -110,7 +121,8 @@ def leaves(figures: Any) -> list[Any]:
 
 def test_a_single_pair_has_figures():
     figures = summarise(random_scores(1), random_pairs(1), LossSection())
-    assert figures["accuracy_ci95"] == [figures["accuracy"]] * 2
+    low, high = figures["accuracy_ci95"]
+    assert high - low == pytest.approx(1.96**2 / (1 + 1.96**2), rel=1e-4)  # Wilson's: one pair says next to nothing
     assert 0 < figures["length_controlled_accuracy"] < 1
 
 
@@ -379,7 +391,11 @@ def check(figures: dict[str, Any], columns: dict[str, list[float]], pairs: list[
         column = np.array(values)
         means = [float(column[draw].mean()) for draw in draws]
         assert figures[name] == pytest.approx(column.mean(), rel=1e-4, abs=1e-5), name
-        assert figures[f"{name}_ci95"] == pytest.approx(ends(means, count), rel=1e-3, abs=1e-4), name
+        expected = ends(means, count)
+        if name == "accuracy" and len(set(values)) == 1:  # Wilson's, of a share of 0 or 1
+            certain = count / (count + 1.959963984540054**2)
+            expected = [certain, 1.0] if values[0] else [0.0, 1 - certain]
+        assert figures[f"{name}_ci95"] == pytest.approx(expected, rel=1e-3, abs=1e-4), name
         if name in ("chosen_logps", "rejected_logps"):
             side = name.removesuffix("_logps")
             assert figures[f"{side}_perplexity"] == pytest.approx(math.exp(-column.mean()), rel=1e-4)

@@ -52,14 +52,17 @@ def add_lora(model: PreTrainedModel, section: LoraSection, trained_rows: list[in
         rank_pattern={**section.rank_pattern},
         trainable_token_indices=dict.fromkeys(names, trained_rows) if trained_rows and names else None,
     )
+    linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    hint = f"lora.target_modules may be all-linear or some of: {', '.join(sorted(linear))}"
+    # peft takes a list's names as the ends of module paths, and says nothing of one that ends none.
+    ends = [f".{name}" for name, _ in model.named_modules()]
+    targets = [] if isinstance(section.target_modules, str) else section.target_modules
+    if missing := [target for target in targets if not any(end.endswith(f".{target}") for end in ends)]:
+        raise ModelError(f"lora.target_modules: no module is called {' or '.join(missing)}", hint)
     try:
         return get_peft_model(model, config)
     except (ValueError, TypeError) as error:
-        linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        raise ModelError(
-            f"LoRA cannot be added: {' '.join(str(error).split())[:300]}",
-            f"lora.target_modules may be all-linear or some of: {', '.join(sorted(linear))}",
-        ) from error
+        raise ModelError(f"LoRA cannot be added: {' '.join(str(error).split())[:300]}", hint) from error
 
 
 def _check_rows(model: PeftModel, rows: list[int], adapter: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from orpo_cli import signals
@@ -71,14 +71,16 @@ class StepDisplay:
         self._health = health
         self._columns: dict[str, deque[float]] = {}
         self._live = console.is_terminal and not _muted
+        # How far it is comes first, and stays however narrow the terminal; the figures take what is left.
         self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
+            TextColumn("step", table_column=Column(min_width=4)),
+            MofNCompleteColumn(table_column=Column(min_width=2 * len(str(total_steps)) + 1)),
+            BarColumn(bar_width=12, table_column=Column(min_width=12)),
+            TimeRemainingColumn(table_column=Column(min_width=7)),
+            TextColumn("{task.fields[figures]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             console=console,
             disable=not self._live,
+            expand=True,
         )
         self._task: TaskID = self._progress.add_task("train", total=total_steps, completed=done, figures="")
 

@@ -79,6 +79,13 @@ def test_modules_that_are_not_there_are_an_error_that_names_those_that_are(base)
     assert "q_proj" in caught.value.hint
 
 
+def test_a_target_that_matches_nothing_beside_one_that_does_is_refused(base):
+    with pytest.raises(ModelError, match=r"no module is called v_prj$") as error:
+        add_lora(base, LoraSection(target_modules=["q_proj", "v_prj"]), [])
+    assert "v_proj" in error.value.hint
+    assert add_lora(base, LoraSection(target_modules=["self_attn.q_proj", "v_proj"]), [])
+
+
 def test_an_adapter_goes_on_from_another(base, tiny_base, tmp_path):
     model = add_lora(base, LoraSection(r=3), [])
     save_adapter(model, tmp_path, base=str(tiny_base), revision="main")

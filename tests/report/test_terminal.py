@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -49,6 +50,20 @@ def test_a_terminal_shows_small_curves(monkeypatch):
             display.step(row | {"step": step, "loss": loss})
     assert "loss █▅▁ 1 " in shown.file.getvalue()
     assert "log odds ratio ▁▁▁ 0.5 " in shown.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_how_far_it_is_can_be_seen_on_a_narrow_terminal(monkeypatch, width):
+    shown = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    monkeypatch.setattr(terminal, "console", shown)
+    row = {"nll_loss": 1.0, "log_odds_ratio": 0.5, "accuracy": 0.75, "tokens_per_second": 1.0, "learning_rate": 1.0}
+    with terminal.StepDisplay(1250) as display:
+        for step, loss in enumerate([3.0, 2.0, 1.0], start=1):
+            display.step(row | {"step": step, "loss": loss})
+    last = [line for line in re.split(r"[\r\n]", shown.file.getvalue()) if "loss" in line][-1]
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", last)
+    assert re.match(r"step +3/1250 [━╸ ]+ [-\d:]+ loss █▅▁ 1 ", last), last
+    assert len(last) <= width
 
 
 def test_an_evaluation_is_a_line(capsys):
