@@ -42,8 +42,8 @@ GIB = 2**30
 FAST_TOKENS = {"cpu": (1024, 128), "cuda": (16384, 512), "mps": (4096, 256)}
 # Tokens of a side of the pairs that are tried; what longer ones keep follows from these two.
 _TRIED_LENGTHS = (512, 1024)
-# Bytes that a process on a CPU takes beside all that is counted here, from its first step on. Chosen so that the plan is
-# right for the runs of benchmarks/planned_memory.py: most of them take somewhat less, a full fine-tune takes more.
+# Bytes that a process on a CPU takes beside all that is counted here, from its first step on. Chosen by the runs of
+# benchmarks/planned_memory.py: most of them take somewhat less, a full fine-tune of a large vocabulary takes more.
 _FIRST_STEPS = 5 * GIB // 16
 
 
