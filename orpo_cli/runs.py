@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from orpo_cli.errors import InputError
+from orpo_cli.report.metrics import whole_lines
 from orpo_cli.run import LOCK, RunDirectory, open_run, read_eval
 
 FIGURES = {"accuracy": True, "log_odds_ratio": True, "chosen_perplexity": False, "loss": False}
@@ -56,7 +55,7 @@ def describe(run: RunDirectory) -> dict[str, Any]:
         _, recipe = open_run(run.path)
     except InputError:
         return {**about, "state": "unreadable"}
-    rows = _rows(run.metrics)
+    rows = whole_lines(run.metrics)
     evaluated = next((row for row in reversed(rows) if "eval_loss" in row), None)
     about |= {
         "step": max((row["step"] for row in rows), default=0),
@@ -101,15 +100,6 @@ def is_running(run: RunDirectory) -> bool:
     finally:
         os.close(descriptor)
     return False
-
-
-def _rows(metrics: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, but for a last one that is being written or was cut off."""
-    rows = []
-    with suppress(OSError, ValueError), metrics.open(encoding="utf-8") as lines:
-        for line in lines:
-            rows.append(json.loads(line))
-    return rows
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:

@@ -83,12 +83,8 @@ def noted(announcement: str | None = None) -> Iterator[Noted]:
         if announcement:
             _tell(announcement)
 
-    before = _install(note)
-    try:
+    with _handled_by(note) as before:
         yield found
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if found.number:
         signal.raise_signal(found.number)
 
@@ -105,12 +101,8 @@ def passed_on(send: Callable[[int], object]) -> Iterator[Noted]:
         found.number = found.number or number
         send(number)
 
-    before = _install(pass_on)
-    try:
+    with _handled_by(pass_on):
         yield found
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def silence() -> None:
@@ -118,6 +110,17 @@ def silence() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     os.close(null)
+
+
+@contextmanager
+def _handled_by(handler: Handler) -> Iterator[dict[int, Handler]]:
+    """Within it, this is the handler of the signals that are not ignored; given are those before."""
+    before = _install(handler)
+    try:
+        yield before
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def _install(handler: Handler) -> dict[int, Handler]:

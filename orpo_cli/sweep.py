@@ -38,7 +38,7 @@ from orpo_cli.report import page
 from orpo_cli.report.metrics import read_metrics
 from orpo_cli.report.terminal import say, warn
 from orpo_cli.report.trackers import check_trackers
-from orpo_cli.run import LOCK, RunDirectory, held, read_manifest
+from orpo_cli.run import LOCK, RunDirectory, held, read_eval, read_manifest
 from orpo_cli.runs import describe, is_running
 from orpo_cli.signals import last_words, passed_on
 from orpo_cli.statistics import interval, resampled_means
@@ -229,7 +229,7 @@ def _run(directory: Path, point: Point, judging: Judging, known: Mapping[str, An
             return entry
         answers = json.loads(out)["answers"]
         known = {"prompts": answers["prompts"], "ended": answers["model"]["ended"]}
-    figures = json.loads(run.eval.read_text(encoding="utf-8"))
+    figures = read_eval(run)
     for name in METRICS:
         entry |= {name: figures[name], f"{name}_ci95": figures[f"{name}_ci95"]}
     prompts, ended = known["prompts"], known["ended"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,15 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All rows of a metrics file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of lines, up to a last one that is being written or was cut off; none without the file."""
+    found = []
+    with suppress(OSError, ValueError), path.open(encoding="utf-8") as lines:
+        for line in lines:
+            found.append(json.loads(line))
+    return found
 
 
 def comparable(row: Mapping[str, Any]) -> dict[str, Any]:

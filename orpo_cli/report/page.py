@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -19,6 +18,7 @@ from orpo_cli.files import write_file
 from orpo_cli.recipe import Recipe, dump_recipe
 from orpo_cli.report.charts import Points, Series, chart, histogram
 from orpo_cli.report.health import Health, diagnose
+from orpo_cli.report.metrics import whole_lines
 from orpo_cli.run import RunDirectory, open_run, read_eval, read_manifest
 
 COLOURS = "abcdefgh"
@@ -83,15 +83,6 @@ class Record:
     def before(self) -> Mapping[str, Any]:
         """The evaluation before the first step; empty where there was none."""
         return next((row for row in self.rows if "eval_loss" in row and row["step"] == 0), {})
-
-
-def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of lines, up to a last one that is being written or was cut off; none without the file."""
-    found = []
-    with suppress(OSError, ValueError), path.open(encoding="utf-8") as lines:
-        for line in lines:
-            found.append(json.loads(line))
-    return found
 
 
 def write_report(paths: Sequence[Path], output: Path | None = None, *, opening: Sections = ()) -> Path:
