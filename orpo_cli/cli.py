@@ -438,7 +438,7 @@ def _exit_code() -> int:
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "orpo"
-        _print_error(error.format_message(), f"{command} --help says what it takes")
+        _print_error(error.format_message().replace(": Value error, ", ": "), f"{command} --help says what it takes")
         return InputError.exit_code
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -127,7 +127,9 @@ def merge_target(target: str, *, output: Path | None, base: str | None, dtype: s
         raise InputError(f"there is no run or adapter {target}", "name a run's directory, or an adapter's")
     subject = find_subject(target, None, None, scores=False)
     if subject.adapter is None:
-        raise InputError(f"{target} has no adapter to merge", "a full fine-tune is whole in RUN/merged already")
+        merged = RunDirectory(Path(target)).merged
+        where = merged if merged.is_dir() else target
+        raise InputError(f"{target} has no adapter to merge", f"its weights are whole already, in {where}")
     changes = {"name_or_path": base, "revision": "main"} if base else {}
     if dtype != "auto":
         changes["dtype"] = dtype

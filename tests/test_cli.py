@@ -452,6 +452,7 @@ def test_a_full_fine_tune_has_nothing_to_merge(orpo, tiny_recipe, tmp_path):
     code, out, err = orpo("merge", tmp_path / "run")
     assert (code, out) == (2, "")
     assert err.startswith(f"error: {tmp_path / 'run'} has no adapter to merge\n")
+    assert f"hint: its weights are whole already, in {tmp_path / 'run' / 'merged'}\n" in err
     code, out, _ = orpo("eval", tmp_path / "run")
     assert code == 0
     figures = json.loads((tmp_path / "run" / "eval.json").read_text())

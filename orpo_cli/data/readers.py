@@ -234,7 +234,7 @@ def _parse_line(line: bytes) -> Row:
         return _as_row(_DECODER.decode(text))
     except json.JSONDecodeError as error:
         cut_short = "" if line.endswith(b"\n") else "; the file ends in this line: it may be cut short"
-        return BadRow(f"not JSON: {error.msg} at column {error.colno}{cut_short}")
+        return BadRow(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}{cut_short}")
     except RecursionError:
         return BadRow(_TOO_DEEP)
 

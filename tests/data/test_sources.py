@@ -152,6 +152,9 @@ def test_a_broken_line_is_one_bad_row(tmp_path):
     first, broken, array, text, twice, nan, surrogate, deep = all_rows(put(tmp_path / "a.jsonl", content))
     assert first == {"a": 1}
     assert broken == BadRow("not JSON: Expecting value at column 6")
+    assert all_rows(put(tmp_path / "b.jsonl", b'{"a": "x\n{}\n'))[0] == BadRow(
+        "not JSON: Unterminated string starting at column 7"
+    )
     assert array == BadRow("not an object with columns: [1, 2]")
     assert text == BadRow('not an object with columns: "x"')
     assert twice == BadRow("the key 'a' stands twice in one object")
