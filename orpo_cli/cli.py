@@ -113,9 +113,9 @@ def data(
     from orpo_cli.recipe import load_recipe
 
     resolved = load_recipe(recipe, _overrides(set_, output_dir))
-    from orpo_cli import inspect
+    from orpo_cli import inspect, terminal
     from orpo_cli.files import to_json, to_json_lines
-    from orpo_cli.report import findings, terminal
+    from orpo_cli.report import findings
 
     opened = inspect.open_data(resolved)
     chosen = opened.held_out if held_out else opened.training
@@ -428,7 +428,7 @@ def _exit_code() -> int:
     try:
         return app(standalone_mode=False, prog_name="orpo") or 0
     except Stopped as stopped:
-        from orpo_cli.report.terminal import say
+        from orpo_cli.terminal import say
 
         say(stopped.message)
         return stopped.exit_code
@@ -462,7 +462,7 @@ def _exit_code() -> int:
 
 
 def _print_error(message: str, hint: str | None) -> None:
-    from orpo_cli.report.terminal import print_error
+    from orpo_cli.terminal import print_error
 
     print_error(message, hint)
 

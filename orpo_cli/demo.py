@@ -242,7 +242,7 @@ def train_base(model: PreTrainedModel, batches: torch.Tensor) -> None:  # (S, B,
     import torch
     from rich.progress import track
 
-    from orpo_cli.report.terminal import console
+    from orpo_cli.terminal import console
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=6e-3, total_steps=len(batches), pct_start=0.1)
@@ -311,7 +311,7 @@ def demo(directory: Path, *, overwrite: bool = False) -> dict[str, tuple[float, 
     Returns held-out `accuracy` and the share of `accepted` free answers, each before and after. Raises InputError if
     the directory holds a demo and `overwrite` does not allow to replace it.
     """
-    from orpo_cli.report.terminal import say
+    from orpo_cli.terminal import say
 
     claim(directory, overwrite=overwrite)
     started = time.monotonic()
@@ -359,9 +359,9 @@ def run_recipe(directory: Path) -> dict[str, tuple[float, float]]:
 
     from orpo_cli.evaluate import evaluate_target
     from orpo_cli.merge import merge_target
+    from orpo_cli.metrics import read_metrics
     from orpo_cli.recipe import load_recipe
-    from orpo_cli.report.metrics import read_metrics
-    from orpo_cli.report.terminal import say
+    from orpo_cli.terminal import say
     from orpo_cli.train import run
 
     run_directory = directory / "run"

@@ -19,8 +19,8 @@ from orpo_cli.malloc import keep_freed_memory
 from orpo_cli.model.build import TextSide, build_for_scoring, context_of, context_tokens, load_text_side, stop_ids
 from orpo_cli.model.logprobs import inference, stock_attention
 from orpo_cli.recipe import Recipe
-from orpo_cli.report.terminal import warn
 from orpo_cli.subject import find_subject
+from orpo_cli.terminal import warn
 
 NEW_DIALOGUE = "/new"
 """What begins a new dialogue in a chat."""

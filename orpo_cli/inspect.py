@@ -16,7 +16,7 @@ from orpo_cli.data.tokenize import PairTokenizer, TokenizedPair
 from orpo_cli.errors import DataError, ModelError
 from orpo_cli.model.build import TextSide, context_tokens, load_text_side, pair_tokenizer
 from orpo_cli.recipe import Recipe
-from orpo_cli.report.terminal import say
+from orpo_cli.terminal import say
 
 POLICIES = ("drop", "truncate_prompt", "truncate_response")
 _PROGRESS_ROWS = 50_000

@@ -22,9 +22,9 @@ from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.model.memory import GIB, Needs, Plan, checkpoint_layers, device_memory, process_memory
 from orpo_cli.model.outline import outline, packed
 from orpo_cli.recipe import Recipe
-from orpo_cli.report.health import Health
 from orpo_cli.report.trackers import check_trackers
 from orpo_cli.signals import Noted
+from orpo_cli.train.diagnosis import Health
 from orpo_cli.train.distributed import Processes, make_deterministic, seed_everything
 from orpo_cli.train.evaluation import evaluation_steps, score_together
 from orpo_cli.train.loop import gradients_within_memory, steps_to_come

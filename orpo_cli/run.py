@@ -17,7 +17,7 @@ from typing import Any
 from orpo_cli.errors import InputError
 from orpo_cli.files import make_directory, recover_all, remove
 from orpo_cli.recipe import Recipe, load_recipe
-from orpo_cli.report.terminal import warn
+from orpo_cli.terminal import warn
 
 # What a run writes, and --overwrite removes; anything else in the directory is the user's and stays.
 FILES = (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_cli.errors import InputError
-from orpo_cli.report.metrics import whole_lines
+from orpo_cli.metrics import whole_lines
 from orpo_cli.run import LOCK, RunDirectory, open_run, read_eval
 
 FIGURES = {"accuracy": True, "log_odds_ratio": True, "chosen_perplexity": False, "loss": False}

@@ -33,15 +33,15 @@ from rich.table import Table
 from orpo_cli.data.statistics import wilson
 from orpo_cli.errors import InputError, Stopped
 from orpo_cli.files import make_directory, to_json, write_file
+from orpo_cli.metrics import read_metrics
 from orpo_cli.recipe import Recipe, dump_recipe, load_recipe, strict_yaml
 from orpo_cli.report import page
-from orpo_cli.report.metrics import read_metrics
-from orpo_cli.report.terminal import say, warn
 from orpo_cli.report.trackers import check_trackers
 from orpo_cli.run import LOCK, RunDirectory, held, read_eval, read_manifest
 from orpo_cli.runs import describe, is_running
 from orpo_cli.signals import last_words, passed_on
 from orpo_cli.statistics import interval, resampled_means
+from orpo_cli.terminal import say, warn
 
 METRICS = {"accuracy": True, "log_odds_ratio": True, "chosen_perplexity": False}
 """The figures that runs may be chosen by: whether higher is better."""

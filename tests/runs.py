@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from orpo_cli.report.metrics import comparable, read_metrics
+from orpo_cli.metrics import comparable, read_metrics
 
 
 def rows(run: Path) -> list[dict]:

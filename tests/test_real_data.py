@@ -7,8 +7,8 @@ import torch
 import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from orpo_cli.metrics import read_metrics
 from orpo_cli.recipe import load_recipe
-from orpo_cli.report.metrics import read_metrics
 from orpo_cli.train.run import train
 from tests.shared import shared
 

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from orpo_cli.data.readers import file_digest, first_line, kind_of
+from orpo_cli.data.names import choose_split, is_sliced, nearest
+from orpo_cli.data.readers import file_digest, first_line
 from orpo_cli.data.rows import Part, Reader, Row, SourceSpec, Wanted, digest
 from orpo_cli.errors import DataError, RunError
-
-
-def nearest(path: Path) -> str:
-    """Suggest what may have been meant by a path that is not there."""
-    there = next(parent for parent in path.parents if parent.is_dir())
-    names = sorted(entry.name for entry in there.iterdir())
-    missing = path.relative_to(there).parts[0]
-    if close := difflib.get_close_matches(missing, names, n=3, cutoff=0.5):
-        return "nearest: " + ", ".join(str(there / name) for name in close)
-    return f"there is no {missing} in {there.resolve()}; a hub dataset is named owner/name"
-
-
-# Datasets, saved by the library or on the hub
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -142,34 +129,6 @@ def _library_error(spec: SourceSpec, error: Exception) -> DataError:
         f"{spec.path} cannot be read: {text}",
         "if its rows are of different shapes, download the files and give their directory as the path",
     )
-
-
-def choose_split(names: Sequence[str], spec: SourceSpec, usual: Sequence[str]) -> str:
-    """Return the wanted split, else the first usual one, else the only one.
-
-    Slices and sums (`train[:100]+test`) are left to `datasets`.
-    """
-    choices = f"its splits are {', '.join(names)}"
-    if spec.split is not None:
-        for name in re.split(r"\s*\+\s*", spec.split):
-            if name.split("[")[0] not in names:
-                raise DataError(f"{spec.path} has no split {name!r}", choices)
-        return spec.split
-    if found := [name for name in usual if name in names] or (list(names) if len(names) == 1 else []):
-        return found[0]
-    raise DataError(
-        f"{spec.path} has several splits, and none is called {' or '.join(usual)}", f"set `split`; {choices}"
-    )
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether it reads like owner/name, and not like a file."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) is not None and kind_of(Path(path)) is None
-
-
-def is_sliced(split: str | None) -> bool:
-    """Whether it is more than a split's name: a slice, or a sum."""
-    return split is not None and not re.fullmatch(r"[\w.-]+", split)
 
 
 def is_offline() -> bool:

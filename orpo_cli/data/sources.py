@@ -12,17 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from orpo_cli.data.library import (
-    builder_of,
-    choose_split,
-    hub_part,
-    is_hub_id,
-    is_offline,
-    is_saved_dataset,
-    is_sliced,
-    nearest,
-    saved_part,
-)
+from orpo_cli.data.library import builder_of, hub_part, is_offline, is_saved_dataset, saved_part
+from orpo_cli.data.names import choose_split, is_hub_id, is_sliced, nearest
 from orpo_cli.data.readers import READABLE, file_part, kind_of
 from orpo_cli.data.rows import BadRow, Part, Row, Rows, SourceSpec, Wanted, every_row
 from orpo_cli.errors import DataError

@@ -1,1 +1,1 @@
-"""What a run says: metrics file and terminal."""
+"""What is told of runs and of data once the figures are there: tables, an HTML page, experiment trackers."""

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from orpo_cli.report.terminal import number, say, visible
+from orpo_cli.terminal import number, say, visible
 
 _FIGURES = (
     "accuracy",
@@ -40,6 +40,33 @@ def show(figures: Mapping[str, Any]) -> None:
         for who in ("prompt", "chosen", "base", "model"):
             if who in sample:
                 say(Text(f"{who:>7}  ", style="bold") + Text(visible(sample[who])))
+
+
+def comparison(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Table:
+    """Held-out figures before and after training, side by side."""
+    table = Table(title="held-out", title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    if before:
+        table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    table.add_column("95 %", justify="left", style="dim")
+    for name in (
+        "accuracy",
+        "log_odds_ratio",
+        "chosen_logps",
+        "rejected_logps",
+        "nll_loss",
+        "or_loss",
+        "loss",
+    ):
+        interval = after.get(f"{name}_ci95")
+        cells = [name.replace("_", " ")]
+        if before:
+            cells.append(number(before[f"eval_{name}"]))
+        cells.append(number(after[name]))
+        cells.append(f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "")
+        table.add_row(*cells)
+    return table
 
 
 def _overall(figures: Mapping[str, Any]) -> Table:

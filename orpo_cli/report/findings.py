@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orpo_cli.report.terminal import Pieces, pair_lines, visible
+from orpo_cli.terminal import Pieces, pair_lines, visible
 
 console = Console(highlight=False, soft_wrap=True)
 _COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")

@@ -15,11 +15,11 @@ from typing import Any
 
 from orpo_cli.errors import InputError
 from orpo_cli.files import write_file
+from orpo_cli.metrics import whole_lines
 from orpo_cli.recipe import Recipe, dump_recipe
 from orpo_cli.report.charts import Points, Series, chart, histogram
-from orpo_cli.report.health import Health, diagnose
-from orpo_cli.report.metrics import whole_lines
 from orpo_cli.run import RunDirectory, open_run, read_eval, read_manifest
+from orpo_cli.train.diagnosis import Health, diagnose
 
 COLOURS = "abcdefgh"
 """The page's colours: classes that its style gives a colour to."""

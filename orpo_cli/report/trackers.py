@@ -25,10 +25,10 @@ from urllib.parse import urlsplit
 
 from orpo_cli.errors import InputError, Stopped
 from orpo_cli.files import make_directory, remove
+from orpo_cli.metrics import MetricsFile, read_metrics
 from orpo_cli.recipe import Recipe
 from orpo_cli.redact import redact
-from orpo_cli.report.metrics import MetricsFile, read_metrics
-from orpo_cli.report.terminal import say, warn
+from orpo_cli.terminal import say, warn
 
 # What to install for each. The whole of mlflow asks for older versions of pandas and pyarrow than datasets does.
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow-skinny"}
@@ -152,7 +152,7 @@ class Tracker:
                 else:
                     self._told.add((row["step"], row["evaluation"]))
         title = Path(recipe.output.dir).resolve().name
-        log, run_id = _STARTS[self.name](Setting(own, title, flattened(recipe), known, self._at_end))
+        log, run_id = _STARTS[self.name](Setting(own, title, config_of(recipe), known, self._at_end))
         if self._notes is not None and known is None:
             self._notes.write({"id": run_id})
         return log
@@ -199,7 +199,7 @@ def figures(row: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def flattened(recipe: Recipe) -> Config:
+def config_of(recipe: Recipe) -> Config:
     """The recipe by dotted key, without secrets; what is no number, truth or text is JSON."""
     flat: Config = {}
     for section, keys in recipe.model_dump(mode="json").items():

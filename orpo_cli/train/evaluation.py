@@ -14,9 +14,10 @@ from orpo_cli.evaluate import Scores, evaluation_row, pair_lines, score_in_parts
 from orpo_cli.files import to_json_lines, write_file
 from orpo_cli.model.logprobs import inference
 from orpo_cli.recipe import Recipe
-from orpo_cli.report.terminal import StepDisplay, say, warn
 from orpo_cli.run import RunDirectory
 from orpo_cli.signals import Noted
+from orpo_cli.terminal import say, warn
+from orpo_cli.train.display import StepDisplay
 from orpo_cli.train.drift import drift
 from orpo_cli.train.state import Progress, Run
 

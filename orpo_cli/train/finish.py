@@ -12,15 +12,17 @@ from orpo_cli.errors import RunError
 from orpo_cli.evaluate import pair_lines, skipped, summarise
 from orpo_cli.files import require_space, to_json, to_json_lines, write_directory, write_file
 from orpo_cli.merge import MEASURED_PAIRS, merge_trained, merged_bytes, save_model
+from orpo_cli.metrics import read_metrics
 from orpo_cli.model.build import Built, TextSide, set_stop_tokens
 from orpo_cli.model.load import base_revision
 from orpo_cli.model.lora import save_adapter
 from orpo_cli.recipe import Recipe
-from orpo_cli.report.metrics import read_metrics
+from orpo_cli.report.evaluation import comparison
 from orpo_cli.report.page import write_report
-from orpo_cli.report.terminal import comparison, diagnosis, say
 from orpo_cli.run import RunDirectory
+from orpo_cli.terminal import say
 from orpo_cli.train.checkpoint import checkpoint_of, delete_surplus, fault, load_weights
+from orpo_cli.train.display import diagnosis
 from orpo_cli.train.resume import put_weights
 from orpo_cli.train.state import Run
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.errors import RunError
-from orpo_cli.report.terminal import warn
+from orpo_cli.terminal import warn
 from orpo_cli.train.state import Run
 
 # Steps in a row with a non-finite loss or gradient after which a run stops; float16 first searches its loss scale.

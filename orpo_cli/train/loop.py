@@ -20,9 +20,10 @@ from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.errors import Stopped, is_out_of_memory
 from orpo_cli.loss import METRICS, orpo_loss
 from orpo_cli.recipe import Recipe
-from orpo_cli.report.terminal import StepDisplay, warn
 from orpo_cli.signals import Noted, noted
+from orpo_cli.terminal import warn
 from orpo_cli.train.ahead import Ahead
+from orpo_cli.train.display import StepDisplay
 from orpo_cli.train.distributed import seed_everything
 from orpo_cli.train.evaluation import evaluate, evaluation_steps
 from orpo_cli.train.health import note_bad_step, note_loss

@@ -18,7 +18,7 @@ from orpo_cli.model.load import base_content, base_revision
 from orpo_cli.model.memory import Plan
 from orpo_cli.recipe import Recipe
 from orpo_cli.redact import redact
-from orpo_cli.report.terminal import first_pair, say, warn
+from orpo_cli.terminal import first_pair, say, warn
 from orpo_cli.train.distributed import Processes
 from orpo_cli.train.needs import in_words, savings
 from orpo_cli.train.state import Run

@@ -14,11 +14,11 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from orpo_cli.data.order import Position
 from orpo_cli.errors import InputError
+from orpo_cli.metrics import whole_rows
 from orpo_cli.model.build import Built
 from orpo_cli.recipe import Recipe, load_recipe
-from orpo_cli.report.metrics import whole_rows
-from orpo_cli.report.terminal import warn
 from orpo_cli.run import RunDirectory, read_manifest
+from orpo_cli.terminal import warn
 from orpo_cli.train.checkpoint import check_sound, load_checkpoint, newest_sound, read_state
 from orpo_cli.train.optimizer import Optimizer
 from orpo_cli.train.state import Progress

@@ -18,17 +18,17 @@ from orpo_cli.errors import InputError, RunError, is_out_of_memory
 from orpo_cli.files import require_space, to_json, write_file
 from orpo_cli.generate import answers, check_sample_prompts
 from orpo_cli.malloc import keep_freed_memory
+from orpo_cli.metrics import MetricsFile, read_metrics
 from orpo_cli.model.build import Built, build_for_training, check_max_length, load_text_side, pair_tokenizer
 from orpo_cli.model.lora import save_adapter
 from orpo_cli.model.memory import checkpoint_layers, device_memory, process_memory
 from orpo_cli.recipe import Recipe, dump_recipe
-from orpo_cli.report.health import Health
-from orpo_cli.report.metrics import MetricsFile, read_metrics
-from orpo_cli.report.terminal import mute, say
 from orpo_cli.report.trackers import check_trackers, told_to_trackers
 from orpo_cli.run import RunDirectory
 from orpo_cli.signals import Noted, last_words
+from orpo_cli.terminal import mute, say
 from orpo_cli.train.checkpoint import give_up_later, recover_checkpoints, save_checkpoint
+from orpo_cli.train.diagnosis import Health
 from orpo_cli.train.distributed import Processes, make_deterministic, seed_everything
 from orpo_cli.train.evaluation import patience_is_over, score_together
 from orpo_cli.train.finish import finish, load_best

@@ -77,7 +77,7 @@ TOOLS = ["axolotl", "llamafactory", "trl", "alignment-handbook"]
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_sample_trains(tool, sample, converted, tmp_path):
-    from orpo_cli.report.metrics import read_metrics
+    from orpo_cli.metrics import read_metrics
     from orpo_cli.train.run import train
 
     recipe, _ = converted(sample(tool))

@@ -7,7 +7,8 @@ import pytest
 
 from orpo_cli.evaluate import Scores, delta, slices, summarise
 from orpo_cli.recipe import LossSection
-from orpo_cli.report.evaluation import show
+from orpo_cli.report.evaluation import comparison, show
+from orpo_cli.terminal import say
 from tests.tiny import random_pairs
 
 
@@ -63,3 +64,15 @@ def test_a_plain_evaluation_has_no_columns_for_a_base(figures, capsys):
     assert "delta" not in err
     assert "judged" not in err
     assert row(err, "loss")[0] == f"{figures['loss']:.4g}"
+
+
+@pytest.mark.parametrize("before", [None, {}])
+def test_the_comparison_stands_without_a_first_evaluation(before, capsys):
+    names = ("accuracy", "log_odds_ratio", "chosen_logps", "rejected_logps", "nll_loss", "or_loss", "loss")
+    after = dict.fromkeys(names, 0.5) | {"accuracy_ci95": [0.25, 0.75]}
+    say(comparison(before, after))
+    lines = [line.split() for line in capsys.readouterr().err.splitlines()]
+    assert ["accuracy", "0.5", "0.25", "to", "0.75"] in lines
+    say(comparison({f"eval_{name}": 0.125 for name in names}, after))
+    lines = [line.split() for line in capsys.readouterr().err.splitlines()]
+    assert ["accuracy", "0.125", "0.5", "0.25", "to", "0.75"] in lines

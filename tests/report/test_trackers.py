@@ -20,9 +20,9 @@ import pytest
 import yaml
 
 from orpo_cli.errors import InputError, RunError, Stopped
+from orpo_cli.metrics import MetricsFile, comparable, read_metrics
 from orpo_cli.recipe import load_recipe
-from orpo_cli.report.metrics import MetricsFile, comparable, read_metrics
-from orpo_cli.report.trackers import PACKAGES, Tracker, check_trackers, figures, flattened, told_to_trackers
+from orpo_cli.report.trackers import PACKAGES, Tracker, check_trackers, config_of, figures, told_to_trackers
 from orpo_cli.train.run import Start, train
 from tests.runs import rows
 
@@ -31,7 +31,7 @@ Figures = list[tuple[int, str, float]]
 # A process that is killed right after the evaluation of step 6 is written, before the checkpoint of that step.
 KILLED = """
 import os, signal, sys
-from orpo_cli.report.metrics import MetricsFile
+from orpo_cli.metrics import MetricsFile
 write = MetricsFile.write
 def and_die(self, row):
     write(self, row)
@@ -106,7 +106,7 @@ def test_figures_are_the_finite_numbers_of_a_row():
 def test_the_recipe_is_told_flat_and_without_secrets(tiny_recipe, monkeypatch):
     recipe = load_recipe(tiny_recipe(lora=None, data={"system": "correct horse battery staple"}))
     monkeypatch.setenv("HF_TOKEN", "correct horse")
-    flat = flattened(recipe)
+    flat = config_of(recipe)
     assert flat["data.system"] == "*** battery staple"
     assert flat["train.max_steps"] == 4
     assert flat["train.eval_on_start"] is True
@@ -180,7 +180,7 @@ def test_tensorboard_holds_every_figure_and_the_recipe(tiny_recipe, tmp_path):
     assert {step for step, name, _ in expected if name == "train/loss"} == {1, 2, 3, 4}
     assert scalars(directory) == in_float32(expected)
     [parameters] = directory.glob("*/hparams.yml")
-    assert yaml.safe_load(parameters.read_text()) == flattened(recipe)
+    assert yaml.safe_load(parameters.read_text()) == config_of(recipe)
 
 
 def test_tensorboard_holds_every_figure_once_after_a_kill(tiny_recipe, tmp_path):
@@ -302,7 +302,7 @@ def test_mlflow_holds_every_figure_once_after_a_kill(tiny_recipe, tmp_path, monk
     killed_and_resumed(recipe)
     found, parameters = of_mlflow((tmp_path / "run/trackers/mlflow").as_uri())
     assert found == written(tmp_path / "run")
-    expected = flattened(load_recipe(recipe))
+    expected = config_of(load_recipe(recipe))
     assert parameters == {key: str(value) for key, value in expected.items() if value != ""}
 
 
@@ -357,7 +357,7 @@ def test_trackio_holds_every_figure_once_after_a_kill(tiny_recipe, tmp_path):
     killed_and_resumed(recipe)
     found, parameters = of_trackio(tmp_path / "run/trackers/trackio")
     assert found == written(tmp_path / "run")
-    assert parameters == flattened(load_recipe(recipe))
+    assert parameters == config_of(load_recipe(recipe))
 
 
 def test_trackio_elsewhere_goes_on_with_the_run_and_is_told_nothing_twice(tiny_recipe, tmp_path):
@@ -401,6 +401,6 @@ def test_wandb_offline_holds_every_figure_once_after_a_kill(tiny_recipe, tmp_pat
         parameters |= {update.key: json.loads(update.value_json) for update in record.config.update}
         parameters |= {update.key: json.loads(update.value_json) for update in record.run.config.update}
     assert sorted(found) == written(tmp_path / "run")
-    assert {key: value for key, value in parameters.items() if key != "_wandb"} == flattened(load_recipe(recipe))
+    assert {key: value for key, value in parameters.items() if key != "_wandb"} == config_of(load_recipe(recipe))
     said = b"".join(file.read_bytes() for file in path.parent.rglob("files/*"))
     assert str(tmp_path).encode() not in said, "neither the command line nor what is printed is sent"

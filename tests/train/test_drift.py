@@ -11,8 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from orpo_cli.inspect import kept_pairs, open_data
+from orpo_cli.metrics import read_metrics
 from orpo_cli.recipe import load_recipe
-from orpo_cli.report.metrics import read_metrics
 from orpo_cli.train.drift import PAIRS
 from orpo_cli.train.run import train
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from orpo_cli.data.batches import flat_tokens
+from orpo_cli.metrics import comparable, read_metrics
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.model.memory import made_up_pair
 from orpo_cli.recipe import load_recipe
-from orpo_cli.report.metrics import comparable, read_metrics
 from orpo_cli.train import run as training
 from orpo_cli.train.distributed import random_states_kept, seed_everything
 from orpo_cli.train.rehearsal import rehearse

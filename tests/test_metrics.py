@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from orpo_cli.errors import RunError
-from orpo_cli.report.metrics import MetricsFile, comparable, read_metrics, whole_rows
+from orpo_cli.metrics import MetricsFile, comparable, read_metrics, whole_rows
 from tests.conftest import resize
 
 

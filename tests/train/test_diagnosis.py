@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from orpo_cli.metrics import read_metrics
 from orpo_cli.recipe import load_recipe
-from orpo_cli.report.health import LEAST, OF_EVALUATIONS, OF_TRAINING, Health, diagnose
-from orpo_cli.report.metrics import read_metrics
+from orpo_cli.train.diagnosis import LEAST, OF_EVALUATIONS, OF_TRAINING, Health, diagnose
 from orpo_cli.train.run import train
 from tests.conftest import write_tiny_base, write_tiny_recipe
 
