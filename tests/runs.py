@@ -18,6 +18,11 @@ def rows(run: Path) -> list[dict]:
     return [comparable(row) for row in read_metrics(run / "metrics.jsonl")]
 
 
+def contents(directory: Path) -> dict[Path, bytes]:
+    """All files below a directory, with their bytes."""
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
 def same_files(one: Path, other: Path, *, checkpoints: bool = True) -> None:
     """The same files are in both runs and equal to the byte, but for the output directory, times, memory and command.
 

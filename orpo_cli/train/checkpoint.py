@@ -146,6 +146,8 @@ def step_of(checkpoint: Path) -> int:
 
 def fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, every file of it compared with the manifest; None if it is sound."""
+    if not checkpoint.is_dir():
+        return "it is not there"
     try:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)

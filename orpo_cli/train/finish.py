@@ -38,7 +38,7 @@ def load_best(run: RunDirectory, loop: Run, built: Built) -> int:
     checkpoint = checkpoint_of(run.checkpoints, best)
     if (why := fault(checkpoint)) is not None:
         raise RunError(
-            f"the best checkpoint, {checkpoint}, is damaged: {why}",
+            f"the best checkpoint, {checkpoint}, cannot be used: {why}",
             "put a copy of it back and --resume; or end with the last weights: --resume --allow-changes "
             "--set train.load_best_model_at_end=false",
         )

@@ -19,7 +19,7 @@ from orpo_cli.model.build import Built
 from orpo_cli.recipe import Recipe, load_recipe
 from orpo_cli.run import RunDirectory, read_manifest
 from orpo_cli.terminal import warn
-from orpo_cli.train.checkpoint import check_sound, load_checkpoint, newest_sound, read_state
+from orpo_cli.train.checkpoint import check_sound, checkpoint_of, fault, load_checkpoint, newest_sound, read_state
 from orpo_cli.train.optimizer import Optimizer
 from orpo_cli.train.state import Progress
 
@@ -59,6 +59,23 @@ def find_checkpoint(run: RunDirectory, named: Path | None) -> Path | None:
     for line in damaged:
         warn(f"passed over a damaged checkpoint: {line}")
     return newest
+
+
+def check_best(run: RunDirectory, recipe: Recipe, checkpoint: Path) -> None:
+    """Raise InputError where the run may have to end with the weights of a checkpoint that cannot be used any more.
+
+    The best one of a checkpoint's time goes when a better one comes: it is missed by who goes back to before that.
+    """
+    best = read_state(checkpoint)["best_step"]
+    if best is None or not recipe.train.load_best_model_at_end:
+        return
+    needed = checkpoint_of(run.checkpoints, best)
+    if (why := fault(needed)) is not None:
+        raise InputError(
+            f"the best checkpoint up to {checkpoint.name}, {needed}, cannot be used: {why}",
+            "put a copy of it back, or name another one to go on from with --resume-from; or end with the last "
+            "weights: --allow-changes --set train.load_best_model_at_end=false",
+        )
 
 
 def resumptions(

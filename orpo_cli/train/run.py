@@ -37,7 +37,7 @@ from orpo_cli.train.needs import checkpoint_bytes, final_bytes, needs_of, plan_m
 from orpo_cli.train.optimizer import Optimizer, check_optimizer
 from orpo_cli.train.record import describe_data, describe_run, facts, of_model
 from orpo_cli.train.rehearsal import rehearse
-from orpo_cli.train.resume import find_checkpoint, restore, resumptions
+from orpo_cli.train.resume import check_best, find_checkpoint, restore, resumptions
 from orpo_cli.train.state import Progress, Run
 
 
@@ -89,6 +89,7 @@ def train_in(run: RunDirectory, recipe: Recipe, start: Start, processes: Process
     checkpoint = find_checkpoint(run, start.resume_from) if start.resume or start.resume_from else None
     if checkpoint is not None:
         record["resumed"] = resumptions(run, recipe, checkpoint, record, allow=start.allow_changes)
+        check_best(run, recipe, checkpoint)
 
     seed_everything(recipe.train.seed)
     beside = process_memory(processes.device)

@@ -45,7 +45,7 @@ from orpo_cli.train import run as run_module
 from orpo_cli.train.checkpoint import checkpoints, newest_sound
 from orpo_cli.train.run import Start, train
 from tests.conftest import resize
-from tests.runs import rows, same_files
+from tests.runs import contents, rows, same_files
 
 
 def losses(run: Path) -> torch.Tensor:
@@ -602,10 +602,10 @@ def resumed(run: Path) -> list[dict]:
 
 def test_each_resumption_is_recorded_with_what_differed(tiny_recipe, old_run):
     other = {"train": {"max_steps": 6}, "loss": {"beta": 0.7}}
-    before = {path: path.read_bytes() for path in old_run.rglob("*") if path.is_file()}
+    before = contents(old_run)
     with pytest.raises(InputError, match=r"these differ:\n  loss.beta: 0.1 before, now 0.7$"):
         resume(tiny_recipe(**other))
-    assert {path: path.read_bytes() for path in old_run.rglob("*") if path.is_file()} == before
+    assert contents(old_run) == before
     assert resumed(old_run) == []
     resume(tiny_recipe(**other), allow_changes=True)
     assert [row["step"] for row in rows(old_run) if "loss" in row] == [1, 2, 3, 4, 5, 6]
@@ -672,13 +672,13 @@ def test_rows_missing_in_the_metrics_are_not_passed_over(tiny_recipe, old_run, d
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_by_itself(tiny_recipe, old_run):
     for checkpoint in (old_run / "checkpoints").iterdir():
         (checkpoint / "state.json").write_text("{}")
-    before = {path: path.read_bytes() for path in old_run.rglob("*") if path.is_file()}
+    before = contents(old_run)
     with pytest.raises(InputError, match=r"no checkpoint of .* is sound:\n  step-000004: .*\n  step-000002: ") as error:
         resume(tiny_recipe())
     assert "--overwrite" in error.value.hint
     with pytest.raises(InputError, match=r"step-000002 is damaged: state\.json has changed"):
         train(load_recipe(tiny_recipe()), Start(resume_from=old_run / "checkpoints/step-000002"))
-    assert {path: path.read_bytes() for path in old_run.rglob("*") if path.is_file()} == before
+    assert contents(old_run) == before
     shutil.rmtree(old_run / "checkpoints")
     with pytest.raises(InputError, match="holds a trained model and no checkpoint"):
         resume(tiny_recipe())
@@ -752,14 +752,14 @@ def test_a_kill_while_a_run_goes_back_leaves_one_course(course, tmp_path, monkey
 
 def test_a_run_that_may_not_go_back_keeps_all_it_has(course, tmp_path):
     back = tmp_path / "back"
-    before = {path: path.read_bytes() for path in back.rglob("*") if path.is_file()}
+    before = contents(back)
     named = Start(resume_from=back / "checkpoints/step-000004")
     for changes in ({"loss": {"beta": 0.7}}, {"train": {"max_steps": 2}}):
         tree = course.model_dump(mode="json")
         other = type(course).model_validate({k: {**v, **changes.get(k, {})} for k, v in tree.items()})
         with pytest.raises(InputError, match=r"these differ|lies behind"):
             train(other, named)
-    assert {path: path.read_bytes() for path in back.rglob("*") if path.is_file()} == before
+    assert contents(back) == before
 
 
 def test_changes_are_allowed_only_to_a_run_that_goes_on(tiny_recipe):
@@ -929,14 +929,38 @@ def test_a_run_that_gets_no_better_stops_early(ups_and_downs, tmp_path, capsys):
     same_files(run, interrupted)
 
 
-def test_a_best_checkpoint_that_is_damaged_is_not_ended_with(ups_and_downs, tmp_path):
-    changes = {"load_best_model_at_end": True}
+def best_checkpoint(run: Path) -> Path:
+    losses = evaluated(run)
+    return run / "checkpoints" / f"step-{min(losses, key=lambda step: losses[step]):06d}"
+
+
+def test_a_best_checkpoint_that_is_spoilt_on_the_way_is_not_ended_with(ups_and_downs, tmp_path, monkeypatch):
+    steps = run_module.train_steps
+
+    def then_spoilt(loop):
+        steps(loop)
+        weights = best_checkpoint(tmp_path / "run") / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+
+    monkeypatch.setattr(run_module, "train_steps", then_spoilt)
+    with pytest.raises(
+        RunError, match=r"the best checkpoint, .*, cannot be used: adapter_model.safetensors has changed"
+    ):
+        train(load_recipe(ups_and_downs(train={"load_best_model_at_end": True})))
+
+
+@pytest.mark.parametrize("spoil", [shutil.rmtree, lambda best: (best / "state.json").unlink()])
+def test_a_run_whose_best_checkpoint_is_gone_is_not_gone_on_with_before_that_is_decided(ups_and_downs, tmp_path, spoil):
+    changes = {"load_best_model_at_end": True, "save_total_limit": 9}
     train(load_recipe(ups_and_downs(train=changes)))
-    losses = evaluated(tmp_path / "run")
-    best = min(losses, key=lambda step: losses[step])
-    weights = tmp_path / "run" / "checkpoints" / f"step-{best:06d}" / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
-    with pytest.raises(RunError, match=r"the best checkpoint, .* is damaged"):
-        train(load_recipe(ups_and_downs(train=changes)), Start(resume=True))
+    run = tmp_path / "run"
+    losses = evaluated(run)
+    assert losses[1] < min(losses[2], losses[3])
+    spoil(best_checkpoint(run))
+    before = contents(run)
+    for start in (Start(resume=True), Start(resume_from=run / "checkpoints/step-000002")):
+        with pytest.raises(InputError, match=r"the best checkpoint up to .*, cannot be used: .*(not there|missing)"):
+            train(load_recipe(ups_and_downs(train=changes)), start)
+        assert contents(run) == before
     train(load_recipe(ups_and_downs()), Start(resume=True, allow_changes=True))
-    assert json.loads((tmp_path / "run" / "eval.json").read_text())["loss"] == pytest.approx(losses[3], rel=1e-6)
+    assert json.loads((run / "eval.json").read_text())["loss"] == pytest.approx(losses[3], rel=1e-6)
