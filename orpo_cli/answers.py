@@ -18,7 +18,7 @@ from orpo_cli.data.formats import Message, Pair
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.diversity import lexical_diversity
 from orpo_cli.errors import ModelError
-from orpo_cli.generate import Speaker, dialogue_ids, prompt_ids
+from orpo_cli.generate import Speaker, answers_to, dialogue_ids, prompt_ids
 from orpo_cli.model.build import TextSide
 from orpo_cli.statistics import bootstrap, sign_test
 
@@ -73,10 +73,8 @@ def answer_all(speaker: Speaker, asked: Sequence[Question], read: Iterable[Token
     `read`: the pairs as the model reads them. Of a prompt that the length policy has cut there, what it left is asked.
     """
     cut = {pair.index: pair.chosen_ids[: pair.chosen_start].tolist() for pair in read if pair.truncated}
-    return [
-        Answer(*speaker.answer_ids(cut.get(question.index) or question_ids(speaker.text, question.pair)))
-        for question in asked
-    ]
+    prompts = [cut.get(question.index) or question_ids(speaker.text, question.pair) for question in asked]
+    return [Answer(*said) for said in answers_to(speaker.model, speaker.text, prompts, speaker.sampling)]
 
 
 def question_ids(text: TextSide, pair: Pair) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -14,16 +14,18 @@ from transformers import PreTrainedModel, TextStreamer
 
 from orpo_cli.data.formats import Message
 from orpo_cli.data.templates import render
-from orpo_cli.errors import InputError
+from orpo_cli.errors import InputError, is_out_of_memory
 from orpo_cli.malloc import keep_freed_memory
 from orpo_cli.model.build import TextSide, build_for_scoring, context_of, context_tokens, load_text_side, stop_ids
-from orpo_cli.model.logprobs import inference, stock_attention
+from orpo_cli.model.logprobs import inference, length_dependent_beyond, stock_attention
 from orpo_cli.recipe import Recipe
 from orpo_cli.subject import find_subject
 from orpo_cli.terminal import warn
 
 NEW_DIALOGUE = "/new"
 """What begins a new dialogue in a chat."""
+# Answers made at once, and the tokens of prompts and answers that a cache may hold meanwhile: 2 GiB for a model of 8B.
+TOGETHER, CACHED_TOKENS = 16, 16_384
 
 
 def prompt_ids(text: TextSide, prompt: str, system: str | None = None) -> list[int]:
@@ -96,23 +98,73 @@ def answer_to(
     come from torch's random state. Raises InputError where the prompt fills the context.
     """
     room = room_after(prompt, context_of(model.config))
-    ids = torch.tensor([prompt], device=model.device)
+    return _generated(model, text, [prompt], min(sampling.max_new_tokens, room), sampling, show)[0]
+
+
+def answers_to(
+    model: PreTrainedModel, text: TextSide, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> list[tuple[str, bool]]:
+    """The answers to prompts as `answer_to` gives them one by one, but for rounding: some of like length at a time.
+
+    Raises InputError where a prompt fills the context.
+    """
+    context = context_of(model.config)
+    longest = [min(sampling.max_new_tokens, room_after(prompt, context)) for prompt in prompts]
+    together = 1 if length_dependent_beyond(model.config) else TOGETHER
+    found: dict[int, tuple[str, bool]] = {}
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    while waiting:
+        first = waiting[-1]  # the longest, so that memory runs out at once or never
+        fit = max(1, min(together, CACHED_TOKENS // (len(prompts[first]) + longest[first])))
+        batch = [i for i in waiting[-fit:] if longest[i] == longest[first]]
+        try:
+            said = _generated(model, text, [prompts[i] for i in batch], longest[first], sampling)
+        except (MemoryError, RuntimeError) as error:
+            if len(batch) == 1 or not is_out_of_memory(error):
+                raise
+            together = len(batch) // 2
+            torch.cuda.empty_cache()  # does nothing where there is no CUDA
+            continue
+        found.update(zip(batch, said, strict=True))
+        waiting = [i for i in waiting if i not in found]
+    return [found[i] for i in range(len(prompts))]
+
+
+def _generated(
+    model: PreTrainedModel,
+    text: TextSide,
+    prompts: Sequence[Sequence[int]],
+    longest: int,
+    sampling: Sampling,
+    show: Callable[[str], None] | None = None,
+) -> list[tuple[str, bool]]:
+    """Stock generation of answers of `longest` tokens at most, the prompts padded on their left."""
+    stops, width = stop_ids(model, text), max(map(len, prompts))
+    padding = text.tokenizer.pad_token_id
+    ids = torch.tensor([[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     settings: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:  # of the whole vocabulary, whatever the base's generation config would cut off
         settings = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
     with inference(model), stock_attention(model), torch.no_grad():
         out = model.generate(
             input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=min(sampling.max_new_tokens, room),
-            eos_token_id=stop_ids(model, text),
-            pad_token_id=text.tokenizer.pad_token_id,
+            attention_mask=mask,
+            max_new_tokens=longest,
+            eos_token_id=stops,
+            pad_token_id=padding,
             use_cache=True,
             streamer=_Pieces(text.tokenizer, show) if show else None,
             **settings,
-        )[0, ids.shape[1] :]
-    ended = bool(torch.isin(out, torch.tensor(stop_ids(model, text), device=out.device)).any())
-    return text.tokenizer.decode(out, skip_special_tokens=True).strip(), ended
+        )
+    return [_said(text, row, set(stops)) for row in out[:, width:].tolist()]
+
+
+def _said(text: TextSide, ids: Sequence[int], stops: Container[int]) -> tuple[str, bool]:
+    """The text of generated token ids up to where the turn ended, and whether it did."""
+    end = next((i for i, token in enumerate(ids) if token in stops), None)
+    kept = ids if end is None else ids[: end + 1]
+    return text.tokenizer.decode(kept, skip_special_tokens=True).strip(), end is not None
 
 
 class _Pieces(TextStreamer):

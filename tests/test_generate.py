@@ -17,6 +17,7 @@ from orpo_cli.generate import (
     Speaker,
     answer_to,
     answers,
+    answers_to,
     dialogue_ids,
     load_speaker,
     prompt_ids,
@@ -24,6 +25,7 @@ from orpo_cli.generate import (
 )
 from orpo_cli.model.build import build_for_scoring, load_text_side, pair_tokenizer
 from orpo_cli.recipe import load_recipe
+from tests.tiny import FAMILIES, tiny_model
 
 PROMPTS = ["Which is larger, 3 or 4?", "x", "Häuser "]
 
@@ -165,3 +167,61 @@ def test_a_chat_goes_on_after_a_line_that_is_too_long(speaker, capsys):
     [answer] = speaker.chat(["x" * 128, "one"], print)
     assert answer == speaker.answer("one")[0]
     assert "context is 128: /new begins a new dialogue" in capsys.readouterr().err
+
+
+# ---- many at once
+
+
+def random_prompts(lengths: list[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(5, 100, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_made_together_are_those_made_one_by_one(speaker, family):
+    model, prompts, sampling = tiny_model(family), random_prompts([3, 17, 9, 40, 17, 120, 123]), Sampling(24)
+    together = answers_to(model, speaker.text, prompts, sampling)
+    assert together == [answer_to(model, speaker.text, prompt, sampling) for prompt in prompts]
+    assert len(set(together)) == len(prompts)
+
+
+def sizes_of_batches(model, monkeypatch, memory_for: int = 1000) -> list[int]:
+    """The number of prompts in each call of the model's `generate`, which fails above `memory_for` of them."""
+    sizes, generate = [], model.generate
+
+    def counting(input_ids, **settings):
+        sizes.append(len(input_ids))
+        if len(input_ids) > memory_for:
+            raise torch.OutOfMemoryError("out of memory")
+        return generate(input_ids=input_ids, **settings)
+
+    monkeypatch.setattr(model, "generate", counting)
+    return sizes
+
+
+def test_a_batch_is_bounded_by_prompts_by_tokens_and_by_memory(speaker, monkeypatch):
+    prompts, sampling = random_prompts([8] * 20), Sampling(12)
+    alone = [answer_to(speaker.model, speaker.text, prompt, sampling) for prompt in prompts]
+    for tokens, memory_for, sizes in (
+        (16_384, 1000, [16, 4]),
+        (5 * 20, 1000, [5, 5, 5, 5]),
+        (1, 1000, [1] * 20),
+        (16_384, 4, [16, 8, 4, 4, 4, 4, 4]),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr("orpo_cli.generate.CACHED_TOKENS", tokens)
+            seen = sizes_of_batches(speaker.model, patched, memory_for)
+            assert answers_to(speaker.model, speaker.text, prompts, sampling) == alone
+            assert seen == sizes
+    sizes_of_batches(speaker.model, monkeypatch, memory_for=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        answers_to(speaker.model, speaker.text, prompts, sampling)
+
+
+def test_prompts_with_less_room_do_not_shorten_the_others_answers(speaker, monkeypatch):
+    prompts, sampling = random_prompts([100, 100, 8, 120, 8]), Sampling(64)
+    alone = [answer_to(speaker.model, speaker.text, prompt, sampling) for prompt in prompts]
+    sizes = sizes_of_batches(speaker.model, monkeypatch)
+    assert answers_to(speaker.model, speaker.text, prompts, sampling) == alone
+    assert sizes == [1, 2, 2]
+    assert answers_to(speaker.model, speaker.text, [], sampling) == []
