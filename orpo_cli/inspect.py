@@ -14,8 +14,9 @@ from orpo_cli.data.statistics import ALIKE, KeyFile, SetStatistics
 from orpo_cli.data.templates import CONTROL_LOOK, control_pattern, special_tokens
 from orpo_cli.data.tokenize import PairTokenizer, TokenizedPair
 from orpo_cli.errors import DataError, ModelError
-from orpo_cli.model.build import TextSide, context_tokens, load_text_side, pair_tokenizer
+from orpo_cli.model.build import TextSide, context_tokens, open_text_and_data, pair_tokenizer
 from orpo_cli.recipe import Recipe
+from orpo_cli.recipe.gather import Faults
 from orpo_cli.terminal import say
 
 POLICIES = ("drop", "truncate_prompt", "truncate_response")
@@ -44,12 +45,19 @@ class Data:
 
 def open_data(recipe: Recipe) -> Data:
     """Open a recipe's data. Raises DataError when no pair can be used, ModelError where the tokenizer is missing."""
-    text = load_text_side(recipe)
+    faults = Faults(recipe)
+    text, sources = open_text_and_data(recipe, faults)
+    faults.raise_any()
+    assert text is not None
     policy = "drop" if recipe.data.overlong == "error" else recipe.data.overlong
     tokenise = pair_tokenizer(recipe, text).under(policy)
     section = recipe.data.model_copy(update={"max_dropped": 1.0, "strict": False})
     # With max_steps a stream need not be counted before it is read.
-    training, held_out = load_pairs(section, tokenise, recipe.train.model_copy(update={"max_steps": 1}), say)
+    with faults.at("data"):
+        training, held_out = load_pairs(
+            section, tokenise, recipe.train.model_copy(update={"max_steps": 1}), say, sources
+        )
+    faults.raise_any()
     return Data(recipe, text, tokenise, training, held_out)
 
 

@@ -12,24 +12,23 @@ from typing import Any
 
 import torch
 
-from orpo_cli.data.dataset import PairSet, load_pairs
+from orpo_cli.data.dataset import PairSet
 from orpo_cli.errors import RunError
-from orpo_cli.generate import check_sample_prompts
 from orpo_cli.malloc import keep_freed_memory
 from orpo_cli.merge import merged_bytes
-from orpo_cli.model.build import TextSide, build_for_training, check_max_length, load_text_side, pair_tokenizer
+from orpo_cli.model.build import TextSide, build_for_training
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.model.memory import GIB, Needs, Plan, checkpoint_layers, device_memory, process_memory
 from orpo_cli.model.outline import outline, packed
 from orpo_cli.recipe import Recipe
-from orpo_cli.report.trackers import check_trackers
 from orpo_cli.signals import Noted
 from orpo_cli.train.diagnosis import Health
 from orpo_cli.train.distributed import Processes, make_deterministic, seed_everything
 from orpo_cli.train.evaluation import evaluation_steps, score_together
+from orpo_cli.train.inputs import load_inputs
 from orpo_cli.train.loop import gradients_within_memory, steps_to_come
 from orpo_cli.train.needs import checkpoint_bytes, final_bytes, in_words, needs_of, plan_memory, savings
-from orpo_cli.train.optimizer import Optimizer, check_optimizer, learning_rate
+from orpo_cli.train.optimizer import Optimizer, learning_rate
 from orpo_cli.train.rehearsal import rehearse
 from orpo_cli.train.state import Progress, Run
 
@@ -44,12 +43,7 @@ def check(recipe: Recipe, *, probe: bool = False) -> dict[str, Any]:
     """
     processes = Processes()
     device = processes.device
-    check_optimizer(recipe.train, device)
-    check_trackers(recipe.output.trackers)
-    text = load_text_side(recipe)
-    check_max_length(recipe.model, recipe.data.max_length)
-    train_set, held_out = load_pairs(recipe.data, pair_tokenizer(recipe, text), recipe.train)
-    check_sample_prompts(recipe, text)
+    text, train_set, held_out = load_inputs(recipe, device)
     available = device_memory(device)
     figures, plan = _planned(recipe, text, train_set, held_out, device, available, process_memory(device))
     figures["too_large"] = too_large = list(_too_large(figures["memory"], figures["disk"], device))
@@ -221,7 +215,7 @@ def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
             tree[section][name] = value
         else:
             tree[section] = value
-    return Recipe.model_validate(tree, context={"files_must_exist": False})
+    return Recipe.model_validate(tree)
 
 
 # ---- time, on demand ----

@@ -124,14 +124,21 @@ class RunDirectory:
                     f"{path} is a link, and a run writes nothing outside of its directory",
                     "remove the link; a run that needs more room takes another --output-dir",
                 )
-        with held(self.path / LOCK, self.path):
-            if self.holds_run() and not (resume or overwrite):
-                raise InputError(
-                    f"{self.path} already holds a run",
-                    "--resume goes on with it, --overwrite starts anew, --output-dir names another directory",
-                )
-            recover_all(self.path, (*FILES, *DIRECTORIES).__contains__)
-            yield
+        made = not self.path.exists()
+        try:
+            with held(self.path / LOCK, self.path):
+                if self.holds_run() and not (resume or overwrite):
+                    raise InputError(
+                        f"{self.path} already holds a run",
+                        "--resume goes on with it, --overwrite starts anew, --output-dir names another directory",
+                    )
+                recover_all(self.path, (*FILES, *DIRECTORIES).__contains__)
+                yield
+        except InputError:
+            if made:  # a run that is refused leaves no empty directory
+                with suppress(OSError):
+                    self.path.rmdir()
+            raise
 
     def parts(self) -> list[Path]:
         """All that a run writes, there or not."""
@@ -190,7 +197,7 @@ def open_run(path: Path) -> tuple[RunDirectory, Recipe]:
     run = RunDirectory(path)
     if not run.recipe.is_file():
         raise InputError(f"{path} holds no run: it has no recipe.yaml", "name the directory given by output.dir")
-    return run, load_recipe(run.recipe, files_must_exist=False)
+    return run, load_recipe(run.recipe)
 
 
 def read_manifest(run: RunDirectory) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def _recipe_around(path: Path) -> Recipe | None:
     """The recipe of the run in which a model or adapter lies, if it lies in one."""
     for parent in list(path.resolve().parents)[:2]:
         if (parent / "recipe.yaml").is_file() and (parent / "manifest.json").is_file():
-            return load_recipe(parent / "recipe.yaml", files_must_exist=False)
+            return load_recipe(parent / "recipe.yaml")
     return None
 
 

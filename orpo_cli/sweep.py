@@ -241,7 +241,7 @@ def _is_finished(run: RunDirectory, recipe: Recipe) -> bool:
     """Whether the run is there with all that this recipe asks for, and was made by it."""
     if not run.holds_run() or describe(run)["state"] != "finished":
         return False
-    own = load_recipe(run.recipe, files_must_exist=False)  # the directory may be called by another name meanwhile
+    own = load_recipe(run.recipe)  # the directory may be called by another name meanwhile
     return _written_to(own, run.path, merge=own.output.merge) == _written_to(
         recipe, run.path, merge=recipe.output.merge
     )

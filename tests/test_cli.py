@@ -197,9 +197,11 @@ def test_a_missing_model(orpo, tiny_recipe, tmp_path):
 
 
 def test_missing_data(orpo, tiny_recipe, tmp_path):
-    code, out, err = orpo("train", tiny_recipe(data={"train": str(tmp_path / "no-pairs.jsonl")}))
+    recipe = tiny_recipe(data={"train": str(tmp_path / "no-pairs.jsonl")})
+    line = next(i for i, line in enumerate(recipe.read_text().splitlines(), 1) if "no-pairs" in line)
+    code, out, err = orpo("train", recipe)
     assert (code, out) == (2, "")
-    assert err.splitlines()[0] == f"error: there is no file or directory {tmp_path / 'no-pairs.jsonl'}"
+    assert err.splitlines()[0] == f"error: {recipe}:{line}: there is no file or directory {tmp_path / 'no-pairs.jsonl'}"
     assert err.splitlines()[1].startswith("hint: ")
 
 

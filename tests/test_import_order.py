@@ -24,7 +24,7 @@ ORDER = (
     "train",
     "report",
     # the verbs that go the whole way, or look ahead at it; train.run is `orpo train`
-    "init train.finish train.run plan sweep demo doctor",
+    "init train.inputs train.finish train.run plan sweep demo doctor",
     "help cli __main__",
 )
 PLACES = {name: place for place, chapter in enumerate(ORDER) for name in chapter.split()}

@@ -72,9 +72,9 @@ def test_every_fault_of_the_recipe_is_told_at_once(tiny_recipe, orpo):
 
 
 def test_a_sample_prompt_that_fills_the_context_is_refused(tiny_recipe, orpo):
-    code, _, err = orpo("check", tiny_recipe(train={"sample_prompts": ["x" * 127]}))
+    code, _, err = orpo("check", tiny_recipe(), "--set", f"train.sample_prompts=[{'x' * 127}]")
     assert code == 2
-    assert err.startswith("error: train.sample_prompts, 'xxxx")
+    assert err.startswith(f"error: --set train.sample_prompts=[{'x' * 127}]: train.sample_prompts, 'xxxx")
     assert err.endswith(" tokens, and the model's context is 128\nhint: shorten it\n")
 
 

@@ -40,6 +40,7 @@ from orpo_cli.data.sources import open_source
 from orpo_cli.data.survey import Survey, keep_survey, kept_survey
 from orpo_cli.data.tokenize import PairTokenizer, TokenizedPair
 from orpo_cli.errors import DataError, RunError
+from orpo_cli.recipe.gather import Faults
 from orpo_cli.recipe.schema import DataSection, Holdout, SourceSpec, TrainSection
 
 # Rows that decide which format a source has.
@@ -58,6 +59,8 @@ _WANTED_DROPS = ("filtered", "duplicate")
 Tell = Callable[[str], None]
 # A row's position and its text; None where its tokens are held.
 Unread = tuple[int, Pair | Drop | None]
+# Of a source of `data.train` that has several splits and names none, the first of these that is there.
+TRAINING_SPLITS = ("train", "train_prefs")
 # Of a source of `data.eval` that has several splits and names none, the first of these that is there.
 HELD_OUT_SPLITS = ("test", "validation", "test_prefs")
 
@@ -81,7 +84,7 @@ class Source:
 
 
 def open_sources(
-    specs: Sequence[SourceSpec], section: DataSection, usual_splits: tuple[str, ...] = ("train", "train_prefs")
+    specs: Sequence[SourceSpec], section: DataSection, usual_splits: tuple[str, ...] = TRAINING_SPLITS
 ) -> list[Source]:
     """Open every source and recognise its format from its first rows. Raises DataError.
 
@@ -97,6 +100,28 @@ def open_sources(
         check_filters(first, [*section.filter, *spec.filter])
         sources.append(Source(spec, rows, recognise(first, columns, section.format), columns))
     return sources
+
+
+@dataclass
+class Sources:
+    """A recipe's sources: those of `data.train` and of `data.eval`, none where pairs of the former are held out."""
+
+    train: list[Source]
+    eval: list[Source]
+
+
+def open_data(section: DataSection, faults: Faults) -> Sources:
+    """Open every source of a recipe; those that cannot be opened are noted, and left out."""
+
+    def opened(name: str, specs: Sequence[SourceSpec], usual_splits: tuple[str, ...]) -> list[Source]:
+        sources = []
+        for number, spec in enumerate(specs):
+            with faults.at(f"data.{name}.{number}.path"):
+                sources += open_sources([spec], section, usual_splits)
+        return sources
+
+    held_out = section.eval if isinstance(section.eval, list) else []
+    return Sources(opened("train", section.train, TRAINING_SPLITS), opened("eval", held_out, HELD_OUT_SPLITS))
 
 
 class PairReader:
@@ -443,13 +468,19 @@ class PairSet:
 
 
 def load_pairs(
-    section: DataSection, tokenise: PairTokenizer, train: TrainSection, tell: Tell = tell_nobody
+    section: DataSection,
+    tokenise: PairTokenizer,
+    train: TrainSection,
+    tell: Tell = tell_nobody,
+    sources: Sources | None = None,
 ) -> tuple[PairSet, PairSet | None]:
     """The training set and the held-out set of a recipe, None if it has none. `tell` hears how far a long pass is.
 
-    Raises DataError when nothing usable is left, or more is dropped than `data.max_dropped` allows.
+    `sources` are those of the recipe, if they have been opened. Raises DataError when nothing usable is left, or more
+    is dropped than `data.max_dropped` allows.
     """
-    reader = PairReader(open_sources(section.train, section), section, tokenise)
+    training_sources = open_sources(section.train, section) if sources is None else sources.train
+    reader = PairReader(training_sources, section, tokenise)
     holdout = section.eval if isinstance(section.eval, Holdout) else None
     single_pass = train.max_steps is not None and len(section.train) == 1 and section.train[0].max_pairs is None
     if reader.streamed and single_pass and holdout is None and not section.deduplicate:
@@ -460,15 +491,20 @@ def load_pairs(
         if len(reader.sources) > 1:
             training.quotas = _quotas(training)
     if section.eval is not None and not isinstance(section.eval, Holdout):
-        held_out = load_eval_pairs(section, section.eval, tokenise, tell)
+        held_out = load_eval_pairs(section, section.eval, tokenise, tell, sources)
     return training, held_out
 
 
 def load_eval_pairs(
-    section: DataSection, specs: Sequence[SourceSpec], tokenise: PairTokenizer, tell: Tell = tell_nobody
+    section: DataSection,
+    specs: Sequence[SourceSpec],
+    tokenise: PairTokenizer,
+    tell: Tell = tell_nobody,
+    sources: Sources | None = None,
 ) -> PairSet:
     """A held-out set of its own, kept in memory."""
-    reader = PairReader(open_sources(specs, section, HELD_OUT_SPLITS), section, tokenise)
+    opened = open_sources(specs, section, HELD_OUT_SPLITS) if sources is None else sources.eval
+    reader = PairReader(opened, section, tokenise)
     pairs, _ = survey(reader, section, None, keep=True, tell=tell)
     return pairs
 

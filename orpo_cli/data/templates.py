@@ -252,11 +252,17 @@ def _find_source(setting: str, tokenizer: Any) -> tuple[str, str]:
         setting = "plain"
     if setting in BUILT_IN:
         return setting, BUILT_IN[setting]
+    return setting, template_file(setting)
+
+
+def template_file(path: str) -> str:
+    """The jinja text of a file. Raises ModelError where there is none."""
     try:
-        return setting, Path(setting).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise ModelError(
-            f"model.chat_template: {setting!r} is not a file that can be read ({error})",
+            f"model.chat_template: {path} cannot be read: {why}",
             f"give auto, {', '.join(BUILT_IN)}, none or the path of a jinja file",
         ) from None
 

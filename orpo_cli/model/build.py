@@ -12,7 +12,8 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from orpo_cli.data.templates import ChatTemplate, adds_bos, fit_tokenizer, resolve_template
+from orpo_cli.data.dataset import Sources, open_data
+from orpo_cli.data.templates import ChatTemplate, adds_bos, fit_tokenizer, resolve_template, template_file
 from orpo_cli.data.tokenize import PairTokenizer
 from orpo_cli.errors import ModelError
 from orpo_cli.model.fused_lora import fuse_lora
@@ -23,6 +24,7 @@ from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.model.lora import add_lora, load_adapter
 from orpo_cli.model.probe import Fitness
 from orpo_cli.recipe import Recipe
+from orpo_cli.recipe.gather import Faults
 from orpo_cli.recipe.schema import LoraSection, ModelSection
 
 
@@ -83,11 +85,29 @@ class Built:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
 
+def open_text_and_data(recipe: Recipe, faults: Faults) -> tuple[TextSide | None, Sources]:
+    """Text side, None where it has faults, and data sources, those without faults; what is wrong is noted."""
+    text = None
+    if recipe.model.chat_template.endswith(".jinja"):
+        with faults.at("model.chat_template"):
+            template_file(recipe.model.chat_template)
+    with faults.at("model.name_or_path"):
+        tokenizer = load_tokenizer(recipe.model)
+        with faults.at("model.chat_template"):
+            text = text_side(recipe, tokenizer)
+    return text, open_data(recipe.data, faults)
+
+
 def load_text_side(recipe: Recipe, saved_with: Path | None = None) -> TextSide:
     """The base's tokenizer, or the one in the directory `saved_with`, taught the recipe's template."""
     section = recipe.model
     source = section if saved_with is None else section.model_copy(update={"name_or_path": str(saved_with)})
-    tokenizer = load_tokenizer(source)
+    return text_side(recipe, load_tokenizer(source))
+
+
+def text_side(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TextSide:
+    """A tokenizer taught the recipe's template. Raises ModelError for a template that cannot be used."""
+    section = recipe.model
     brought_template = bool(tokenizer.chat_template)
     template = resolve_template(
         section.chat_template,

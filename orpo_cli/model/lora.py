@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
@@ -81,7 +82,19 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, trainable: bo
 
     Raises ModelError if there is none or it does not fit.
     """
-    directory = _downloaded(str(directory)) if not Path(directory).exists() else Path(directory)
+    directory = adapter_directory(directory)
+    try:
+        return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+    except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
+        raise ModelError(
+            f"the adapter {directory} does not fit the base: {' '.join(str(error).split())[:300]}",
+            "an adapter goes with the base it was trained on",
+        ) from error
+
+
+def adapter_directory(name: str | Path) -> Path:
+    """The files of a saved adapter, a directory or a hub id. Raises ModelError unless it is a LoRA in safetensors."""
+    directory = _downloaded(str(name)) if not Path(name).exists() else Path(name)
     if not (directory / "adapter_config.json").is_file():
         raise ModelError(f"{directory} is no adapter: it has no adapter_config.json", "name the directory `adapter/`")
     if not (directory / "adapter_model.safetensors").is_file():
@@ -90,13 +103,7 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, trainable: bo
             "orpo loads no pickled weights; save it as safetensors",
         )
     _check_kind(directory)
-    try:
-        return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
-    except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
-        raise ModelError(
-            f"the adapter {directory} does not fit the base: {' '.join(str(error).split())[:300]}",
-            "an adapter goes with the base it was trained on",
-        ) from error
+    return directory
 
 
 def _check_kind(directory: Path) -> None:
@@ -117,8 +124,9 @@ def _downloaded(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["adapter_config.json", "adapter_model.safetensors"]))
     except (OSError, ValueError) as error:  # the hub's own errors are kinds of these
+        why = "" if isinstance(error, HFValidationError) else f": {' '.join(str(error).split())[:200]}"
         raise ModelError(
-            f"there is no adapter {name}: {' '.join(str(error).split())[:200]}",
+            f"there is no adapter {name}{why}",
             "lora.adapter is a directory or a hub id; a private one needs HF_TOKEN",
         ) from error
 

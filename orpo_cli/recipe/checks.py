@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,13 @@ class Place:
 
     order: int
     text: str
+
+
+def place_of(key: str, places: Mapping[str, Place]) -> Place | None:
+    """Where a dotted key stands, or the nearest that it belongs to; None where not even that was written."""
+    while key and key not in places:
+        key = key.rpartition(".")[0]
+    return places.get(key)
 
 
 class ImpossibleRecipeError(ValueError):

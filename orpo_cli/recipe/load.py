@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from orpo_cli.errors import RecipeError
 from orpo_cli.recipe import faults as plain_words
 from orpo_cli.recipe import strict_yaml
-from orpo_cli.recipe.checks import Fault, Place
+from orpo_cli.recipe.checks import Fault, Place, place_of
+from orpo_cli.recipe.gather import several
 from orpo_cli.recipe.schema import Recipe, SourceSpec
 from orpo_cli.recipe.strict_yaml import YamlFault, join
 
@@ -31,22 +32,21 @@ class _Draft:
     faults: list[Fault] = field(default_factory=list)
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, files_must_exist: bool = True) -> Recipe:
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply `section.key=value` overrides in their order, and validate the two together.
 
-    An override's value is YAML, and replaces what the file says, right or wrong. `files_must_exist=False` takes the
-    recipe of a finished run, whose template file may have gone. Raises `RecipeError` that lists every fault with
-    its `file:line` (or its `--set`), dotted key, what is allowed and what was probably meant.
+    An override's value is YAML, and replaces what the file says, right or wrong. Raises `RecipeError` that lists every
+    fault with its `file:line` (or its `--set`), dotted key, what is allowed and what was probably meant.
     """
     path = Path(path)
     draft = _read_draft(path)
     for number, override in enumerate(overrides):
         _override(draft, override, Place(MAX_BYTES + number, f"--set {override}"))
     _fill_blank_sections(draft)
-    recipe = _validate(draft, {"files_must_exist": files_must_exist})
+    recipe = _validate(draft)
     if recipe is None or draft.faults:
         raise _report(path, draft)
-    return recipe
+    return recipe.written_at(draft.places)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -193,7 +193,7 @@ def _fill_blank_sections(draft: _Draft) -> None:
             draft.tree[name] = {}
 
 
-def _validate(draft: _Draft, context: dict[str, Any]) -> Recipe | None:
+def _validate(draft: _Draft) -> Recipe | None:
     """The recipe, or None with every fault noted in the draft.
 
     pydantic checks what keys say together only where each is right. So what is wrong is taken out, which leaves its
@@ -204,7 +204,7 @@ def _validate(draft: _Draft, context: dict[str, Any]) -> Recipe | None:
     doubtful: set[str] = set()  # also the keys that misspelt ones were meant for
     while True:
         try:
-            recipe = Recipe.model_validate(tree, context=context)
+            recipe = Recipe.model_validate(tree)
             return recipe if tree is draft.tree else None
         except ValidationError as error:
             found = plain_words.explain(error, tree, draft.raw)
@@ -249,17 +249,10 @@ def _report(path: Path, draft: _Draft) -> RecipeError:
     """The error that lists every fault in the order of the file, then of the overrides."""
 
     def place(fault: Fault) -> Place:
-        key = fault.key
-        while key and key not in draft.places:
-            key = key.rpartition(".")[0]
-        return fault.place or draft.places[key]
+        return fault.place or place_of(fault.key, draft.places) or Place(0, str(path))
 
     listed = sorted(dict.fromkeys(draft.faults), key=lambda fault: (place(fault), fault.key))
     lines = [f"{place(fault).text}: {fault.key}: {fault.message}" for fault in listed]
     if len(listed) == 1:
         return RecipeError(lines[0], listed[0].hint)
-    lines = [line + (f"; {fault.hint}" if fault.hint else "") for line, fault in zip(lines, listed, strict=True)]
-    return RecipeError(
-        f"{path} has {len(lines)} faults:\n  " + "\n  ".join(lines),
-        "correct them in the file, or with --set section.key=value",
-    )
+    return several(str(path), [(line, fault.hint) for line, fault in zip(lines, listed, strict=True)])

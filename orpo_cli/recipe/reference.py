@@ -52,7 +52,7 @@ generated: `orpo schema --markdown > docs/recipe.md`.
 def markdown() -> str:
     """The recipe reference, docs/recipe.md."""
     sections = get_type_hints(schema.Recipe)
-    kinds = {name: _section(kind) for name, kind in sections.items()}
+    kinds = {name: _section(sections[name]) for name in schema.Recipe.model_fields}
     kinds |= {"a source": schema.SourceSpec, "a held-out part": schema.Holdout, "a filter": schema.FilterSpec}
     return "\n".join([_HEAD, *(line for name, kind in kinds.items() for line in _page(name, kind))])
 

@@ -7,6 +7,7 @@ generated from it. What a key may hold stands in its type; what keys may not say
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,9 +19,9 @@ from pydantic import (
     Discriminator,
     Field,
     JsonValue,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     Tag,
-    ValidationInfo,
     WithJsonSchema,
     model_serializer,
     model_validator,
@@ -51,12 +52,9 @@ def _is_regex(pattern: str) -> str:
     return pattern
 
 
-def _is_template_file(path: str, info: ValidationInfo) -> str:
+def _is_template_file(path: str) -> str:
     if not path.endswith(".jinja"):
         raise PydanticCustomError("not_jinja", "not a .jinja file")
-    must_exist = (info.context or {}).get("files_must_exist", True)
-    if must_exist and not Path(path).is_file():
-        raise ValueError("no such file")
     return path
 
 
@@ -75,7 +73,7 @@ Regex = Annotated[Text, AfterValidator(_is_regex)]
 JinjaFile = Annotated[
     str,
     AfterValidator(_is_template_file),
-    InWords("an existing file.jinja"),
+    InWords("a file.jinja"),
     WithJsonSchema({"type": "string", "pattern": r"\.jinja$"}),
 ]
 Scalar = str | int | float | bool
@@ -445,6 +443,11 @@ class Recipe(Section):
     loss: LossSection = Field(default_factory=LossSection)
     train: TrainSection = Field(default_factory=TrainSection)
     output: OutputSection = Field(default_factory=OutputSection)
+    _places: dict[str, checks.Place] = PrivateAttr(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether two recipes say the same, wherever they were written."""
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
 
     @model_validator(mode="before")
     @classmethod
@@ -463,6 +466,16 @@ class Recipe(Section):
         if faults := [*checks.not_yet(self), *checks.impossible(self), *checks.secrets(self)]:
             raise checks.ImpossibleRecipeError(faults)
         return self
+
+    def written_at(self, places: Mapping[str, checks.Place]) -> Recipe:
+        """The same recipe, which knows where its keys were written."""
+        recipe = self.model_copy()
+        recipe._places = dict(places)
+        return recipe
+
+    def place_of(self, key: str) -> checks.Place | None:
+        """Where a dotted key was written, or else what it belongs to; None for a recipe that was not read."""
+        return checks.place_of(key, self._places)
 
     @property
     def peak_learning_rate(self) -> float:

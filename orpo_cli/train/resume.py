@@ -143,7 +143,7 @@ def check_unchanged(
     if not run.recipe.is_file():
         raise InputError(f"{run.path} holds no run to go on with", "give the checkpoint's own run with --output-dir")
     before = read_manifest(run)
-    own = load_recipe(run.recipe, files_must_exist=False)
+    own = load_recipe(run.recipe)
     changed = {**differences(identity(own, before), identity(recipe, manifest)), **lost}
     if "lora" in changed:
         changed = {key: change for key, change in changed.items() if not key.startswith("lora.")}

@@ -13,17 +13,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from orpo_cli.data.dataset import load_pairs
 from orpo_cli.errors import InputError, RunError, is_out_of_memory
 from orpo_cli.files import require_space, to_json, write_file
-from orpo_cli.generate import answers, check_sample_prompts
+from orpo_cli.generate import answers
 from orpo_cli.malloc import keep_freed_memory
 from orpo_cli.metrics import MetricsFile, read_metrics
-from orpo_cli.model.build import Built, build_for_training, check_max_length, load_text_side, pair_tokenizer
+from orpo_cli.model.build import Built, build_for_training
 from orpo_cli.model.lora import save_adapter
 from orpo_cli.model.memory import checkpoint_layers, device_memory, process_memory
 from orpo_cli.recipe import Recipe, dump_recipe
-from orpo_cli.report.trackers import check_trackers, told_to_trackers
+from orpo_cli.report.trackers import told_to_trackers
 from orpo_cli.run import RunDirectory
 from orpo_cli.signals import Noted, last_words
 from orpo_cli.terminal import mute, say
@@ -32,9 +31,10 @@ from orpo_cli.train.diagnosis import Health
 from orpo_cli.train.distributed import Processes, make_deterministic, seed_everything
 from orpo_cli.train.evaluation import patience_is_over, score_together
 from orpo_cli.train.finish import finish, load_best
+from orpo_cli.train.inputs import load_inputs
 from orpo_cli.train.loop import train_steps
 from orpo_cli.train.needs import checkpoint_bytes, final_bytes, needs_of, plan_memory
-from orpo_cli.train.optimizer import Optimizer, check_optimizer
+from orpo_cli.train.optimizer import Optimizer
 from orpo_cli.train.record import describe_data, describe_run, facts, of_model
 from orpo_cli.train.rehearsal import rehearse
 from orpo_cli.train.resume import check_best, find_checkpoint, restore, resumptions
@@ -62,8 +62,6 @@ def train(recipe: Recipe, start: Start | None = None) -> dict[str, Any]:
     processes = Processes()
     mute(not processes.is_main)
     run = RunDirectory(Path(recipe.output.dir))
-    check_optimizer(recipe.train, processes.device)
-    check_trackers(recipe.output.trackers)
     resumes = start.resume or start.resume_from is not None
     if start.allow_changes and not resumes:
         raise InputError("--allow-changes says how to go on with a run", "give --resume or --resume-from too")
@@ -80,10 +78,7 @@ def train_in(run: RunDirectory, recipe: Recipe, start: Start, processes: Process
     if processes.device.type == "cpu":
         keep_freed_memory()
 
-    text = load_text_side(recipe)
-    check_max_length(recipe.model, recipe.data.max_length)
-    train_set, held_out = load_pairs(recipe.data, pair_tokenizer(recipe, text), recipe.train, say)
-    check_sample_prompts(recipe, text)
+    text, train_set, held_out = load_inputs(recipe, processes.device, say)
     describe_data(train_set, held_out, text, recipe)
     record = facts(recipe, start.command, processes, text, train_set, held_out)
     checkpoint = find_checkpoint(run, start.resume_from) if start.resume or start.resume_from else None

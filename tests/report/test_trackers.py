@@ -119,7 +119,7 @@ def test_the_recipe_is_told_flat_and_without_secrets(tiny_recipe, monkeypatch):
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(
+def test_a_tracker_that_is_not_installed_is_refused_before_data_or_weights_are_read(
     tiny_recipe, orpo, monkeypatch, tmp_path, name
 ):
     monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
@@ -127,7 +127,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(
     for command in (["check", recipe], ["train", recipe], ["sweep", recipe, "--set", "loss.beta=0.1,0.2"]):
         code, _, err = orpo(*command)
         assert code == 2
-        assert f"error: output.trackers names {name}, and the package {PACKAGES[name]} is not installed" in err
+        assert f"output.trackers names {name}, and the package {PACKAGES[name]} is not installed" in err
         assert f"hint: pip install {PACKAGES[name]}" in err
         assert "training data" not in err
     assert not (tmp_path / "run").exists()

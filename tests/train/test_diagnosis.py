@@ -48,7 +48,7 @@ def run_for(directory: Path, base: Path, pairs: Path, **changes) -> Path:
 
 
 def health_of(run: Path) -> Health:
-    recipe = load_recipe(run / "recipe.yaml", files_must_exist=False)
+    recipe = load_recipe(run / "recipe.yaml")
     rows = read_metrics(run / "metrics.jsonl")
     return diagnose(rows, beta=recipe.loss.beta, total_steps=rows[-1]["step"])
 
