@@ -42,8 +42,7 @@ def train_steps(run: Run) -> None:
     step is cut into micro-batches and spread over processes. Raises RunError when the numbers have gone bad and
     Stopped when a signal ended the run, after a checkpoint.
     """
-    recipe, section, progress = run.recipe, run.recipe.train, run.progress
-    processes, optimizer = run.processes, run.optimizer
+    recipe, section, progress, processes = run.recipe, run.recipe.train, run.progress, run.processes
     run.saved = progress.step, progress.evaluated
     with (
         noted(STOPPING if processes.is_main else None) as stop,
@@ -58,50 +57,75 @@ def train_steps(run: Run) -> None:
             assert data is not None, "steps end before the last one only when they are given up"
             step, pairs = progress.step + 1, data.pairs
             rate = learning_rate(step, run.total_steps, section, peak=recipe.peak_learning_rate)
-            sums = gradients_within_memory(run, step, data)
-            processes.sum_([*optimizer.gradients(), sums])
-            run.scaler.unscale_(optimizer.adamw)
-            grad_norm = optimizer.clip()
-            # One transfer from the device for all that is to be known of the step. It waits for the gradients, since
-            # what is not finite must not reach the weights; to pass over them on the device instead would spare a
-            # pause of a few kernel launches.
-            *means, tokens, norm = torch.cat([sums, grad_norm[None]]).tolist()
-            values = dict(zip(METRICS, means, strict=True))
-            loss = values["nll_loss"] + recipe.loss.beta * values["or_loss"]
-            finite = math.isfinite(loss) and math.isfinite(norm)
-            if finite:
-                optimizer.step(rate)
-            else:
-                optimizer.zero_grad()
-            run.scaler.update()
+            outcome = take_step(run, step, data, rate)
 
             progress.step, progress.position = step, data.position
             progress.pairs += len(pairs)
-            progress.bad_steps = 0 if finite else progress.bad_steps + 1
-            spike = finite and note_loss(run, loss, pairs)
-            if step % section.logging_steps == 0 or step == run.total_steps or spike or not finite:
+            progress.bad_steps = 0 if outcome.is_finite else progress.bad_steps + 1
+            spike = outcome.is_finite and note_loss(run, outcome.loss, pairs)
+            if step % section.logging_steps == 0 or step == run.total_steps or spike or not outcome.is_finite:
                 row = {
                     "step": step,
                     "epoch": run.epoch,
-                    "loss": loss,
-                    **values,
-                    "perplexity": math.exp(min(-values["chosen_logps"], 700.0)),
+                    "loss": outcome.loss,
+                    **outcome.means,
+                    "perplexity": math.exp(min(-outcome.means["chosen_logps"], 700.0)),
                     "learning_rate": rate,
-                    "grad_norm": norm,
+                    "grad_norm": outcome.grad_norm,
                     "pairs": len(pairs),
-                    "tokens": int(tokens),
+                    "tokens": outcome.tokens,
                     "pairs_digest": pairs_digest(pairs),
-                    **processes.cost(started, tokens),
+                    **processes.cost(started, outcome.tokens),
                 }
-                if spike or not finite:
+                if spike or not outcome.is_finite:
                     row |= {"spike" if spike else "skipped": True, "indices": [pair.index for pair in pairs]}
                 if run.metrics is not None:
                     run.metrics.write(row)
                     display.step(row)
-            if not finite:
-                note_bad_step(run, loss, pairs)
+            if not outcome.is_finite:
+                note_bad_step(run, outcome.loss, pairs)
             conclude_step(run, stop, display)
         leave_if_asked(run, stop)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one optimizer step came to, over all processes."""
+
+    loss: float
+    means: dict[str, float]
+    """METRICS by name, over the step's pairs."""
+    tokens: int
+    """Of all flat batches."""
+    grad_norm: float
+    """Before clipping."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step was taken: neither its loss nor its gradient is an infinity or NaN."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def take_step(run: Run, step: int, data: StepData, rate: float) -> Outcome:
+    """Compute the gradient of a step and update the weights by it, unless something in it is not finite."""
+    optimizer = run.optimizer
+    sums = gradients_within_memory(run, step, data)
+    run.processes.sum_([*optimizer.gradients(), sums])
+    run.scaler.unscale_(optimizer.adamw)
+    norm = optimizer.clip()
+    # One transfer from the device for all that is to be known of the step. It waits for the gradients, since what is
+    # not finite must not reach the weights; to pass over them on the device instead would spare a pause of a few
+    # kernel launches.
+    *of_metrics, tokens, grad_norm = torch.cat([sums, norm[None]]).tolist()
+    means = dict(zip(METRICS, of_metrics, strict=True))
+    loss = means["nll_loss"] + run.recipe.loss.beta * means["or_loss"]
+    outcome = Outcome(loss, means, int(tokens), grad_norm)
+    if outcome.is_finite:
+        optimizer.step(rate)
+    else:
+        optimizer.zero_grad()
+    run.scaler.update()
+    return outcome
 
 
 def conclude_step(run: Run, stop: Noted, display: StepDisplay) -> None:
