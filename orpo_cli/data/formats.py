@@ -6,16 +6,14 @@ one row accordingly. Values are read by their own type: a row of messages among 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, Protocol
 
+from orpo_cli.data.advice import advice
+from orpo_cli.data.columns import MISSING, TIED, Row, as_number, described, in_our_names, is_null, lookup
 from orpo_cli.errors import DataError
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -114,41 +112,6 @@ FORMATS: tuple[str, ...] = tuple(dict.fromkeys(layout.name for layout in _LAYOUT
 COLUMNS: tuple[str, ...] = ("prompt", "chosen", "rejected", "system", "instruction", "input")
 """Our names, which `columns` may map to others."""
 
-# What to write for well-known rows that are no pairs by themselves: the columns that tell them, and the source's keys.
-_MAPPINGS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (
-        ("instruction", "output.1"),  # LLaMA-Factory's former ranked data, the best answer first
-        """\
-columns:
-  chosen: output.0
-  rejected: output.-1""",
-    ),
-    (
-        ("instruction", "completions.0.overall_score"),  # UltraFeedback before it was binarised
-        """\
-columns:
-  prompt: instruction
-  chosen: completions[max overall_score].response
-  rejected: completions[min overall_score].response""",
-    ),
-    (
-        ("prompt.replies", "message_tree_id"),  # OpenAssistant's trees, of which the first turn is ranked
-        """\
-columns:
-  prompt: prompt.text
-  chosen: prompt.replies[min rank].text
-  rejected: prompt.replies[max rank].text""",
-    ),
-    (
-        ("prompt", "response", "helpfulness"),  # HelpSteer: a row for each answer, one below the other
-        """\
-group_by: prompt
-columns:
-  chosen: rows[max helpfulness].response
-  rejected: rows[min helpfulness].response""",
-    ),
-)
-
 
 def recognise(rows: Sequence[Row], columns: Mapping[str, str] | None = None, name: str = "auto") -> Format:
     """Find the shape of a source from its first rows: the one that fits most of them.
@@ -166,7 +129,7 @@ def recognise(rows: Sequence[Row], columns: Mapping[str, str] | None = None, nam
     # A layout whose prompt the recipe maps goes before those that are found by their usual names.
     allowed.sort(key=lambda layout: columns.keys().isdisjoint(layout.prompt))
     fitting: dict[Format, list[Row]] = {}
-    for view in (_in_our_names(row, columns) for row in rows):
+    for view in (in_our_names(row, columns) for row in rows):
         if layout := next((layout for layout in allowed if _fits(layout, view)), None):
             fitting.setdefault(layout, []).append(view)
     if fitting:
@@ -175,21 +138,16 @@ def recognise(rows: Sequence[Row], columns: Mapping[str, str] | None = None, nam
     asked = "" if name == "auto" else f" of the format {name!r}"
     raise DataError(
         f"no preference pair{asked} is recognised in these rows; the first one is\n{show_row(rows[0])}",
-        _mapping_to_write(rows[0]),
+        advice(rows, columns) if name == "auto" else _advice_without(name, rows, columns),
     )
 
 
-def _mapping_to_write(row: Row) -> str:
-    for told_by, keys in _MAPPINGS:
-        if all(_lookup(row, column) is not _MISSING for column in told_by):
-            return f"write the source in data.train or data.eval as\npath: <as it is>\n{keys}"
-    if {"message_id", "parent_id", "rank"} <= row.keys():
-        return "these are single messages: take the file of whole trees that goes with them (.trees.jsonl.gz)"
-    return (
-        "name its columns in the recipe; a dot reaches into nested values:\n"
-        "data:\n  columns:\n    prompt: <the prompt, or the dialogue so far>\n"
-        "    chosen: <the preferred response>\n    rejected: <the other one>"
-    )
+def _advice_without(name: str, rows: Sequence[Row], columns: Mapping[str, str]) -> str | None:
+    try:
+        other = recognise(rows, columns).name
+    except DataError as error:
+        return error.hint
+    return f"leave data.format out: without it, they are read as {other!r}"
 
 
 def _check_mapping(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
@@ -201,7 +159,7 @@ def _check_mapping(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
 
 
 def _check_column(rows: Sequence[Row], column: str, where: str) -> None:
-    if all(_lookup(row, column) is _MISSING for row in rows):
+    if all(lookup(row, column) is MISSING for row in rows):
         known = ", ".join(dict.fromkeys(key for row in rows for key in row))
         raise DataError(f"{where}: the data has no column {column!r}", f"it has {known}")
 
@@ -264,7 +222,7 @@ def read_pair(row: Row, fmt: Format, columns: Mapping[str, str] | None = None) -
 
     Two answers of which none is better are `filtered`.
     """
-    view = _in_our_names(row, columns or {})
+    view = in_our_names(row, columns or {})
     fmt = _judged(view, fmt)
     system = _system(view)
     chosen, rejected = _turns(view, fmt.chosen), _turns(view, fmt.rejected)
@@ -285,15 +243,17 @@ def _judged(view: Row, fmt: Format) -> Format:
     """Return the format with `chosen` and `rejected` as this row's verdict has them."""
     if fmt.verdict is None:
         return fmt
-    value = view.get(fmt.verdict.column, _MISSING)
-    number = _number(value)
+    value = view.get(fmt.verdict.column, MISSING)
+    number = as_number(value)
     if number in fmt.verdict.first:
         return fmt
     if number in fmt.verdict.second:
         return replace(fmt, chosen=fmt.rejected, rejected=fmt.chosen)
     if number in fmt.verdict.tie:
         raise Drop("filtered", f"{fmt.verdict.column} is {value}: neither answer is better")
-    raise Drop("malformed", f"{fmt.verdict.column} is {_found(value)}, which says of neither answer that it is better")
+    raise Drop(
+        "malformed", f"{fmt.verdict.column} is {described(value)}, which says of neither answer that it is better"
+    )
 
 
 def with_system(pair: Pair, system: str) -> Pair:
@@ -339,7 +299,7 @@ def _prompt(view: Row, fmt: Format, needed: bool) -> str | tuple[Message, ...] |
     if not fmt.prompt:
         return None
     if fmt.prompt == ("instruction", "input"):
-        parts = [_text(view.get("instruction", _MISSING), "instruction")]
+        parts = [_text(view.get("instruction", MISSING), "instruction")]
         if view.get("input") is not None:
             parts.append(_text(view["input"], "input"))
         question = "\n\n".join(part for part in parts if part.strip())
@@ -359,7 +319,7 @@ def _history(value: Any) -> list[Message]:
         return turns
     for i, turn in enumerate(value):
         if not isinstance(turn, (list, tuple)) or len(turn) != 2:
-            raise Drop("malformed", f"history[{i}] is {_found(turn)}, not [question, answer]")
+            raise Drop("malformed", f"history[{i}] is {described(turn)}, not [question, answer]")
         turns += [Message(role, _text(turn[j], f"history[{i}][{j}]")) for j, role in enumerate(("user", "assistant"))]
     return turns
 
@@ -404,80 +364,11 @@ _ROLES = {
 }
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _STEERED = re.compile(r"\n<extra_id_1>(User|Assistant)\n")
-_MISSING: Any = object()
-_TIED: Any = object()
-
-
-def _lookup(row: Any, column: str) -> Any:
-    """Return a column's value, or `_MISSING`.
-
-    A dot reaches into nested values. `answers[max score]` is the item of a list that has the highest score, `min` the
-    lowest; `_TIED` where no two items differ in it.
-    """
-    if isinstance(row, Mapping) and column in row:
-        return row[column]
-    value: Any = row
-    for step in _steps(column):
-        value = _best(value, *step) if isinstance(step, tuple) else _member(value, step)
-        if value is _MISSING or value is _TIED:
-            break
-    return value
-
-
-@cache
-def _steps(column: str) -> tuple[str | tuple[str, str], ...]:
-    """Part "a.b[max c.d].e" into "a", "b", ("max", "c.d"), "e"."""
-    steps: list[str | tuple[str, str]] = []
-    for name in re.split(r"\.(?![^\[]*\])", column):
-        if match := re.fullmatch(r"(.+)\[(max|min) (.+)\]", name):
-            steps += [match[1], (match[2], match[3])]
-        else:
-            steps.append(name)
-    return tuple(steps)
-
-
-def _member(value: Any, name: str) -> Any:
-    if isinstance(value, Mapping):
-        return value.get(name, _MISSING)
-    if isinstance(value, (list, tuple)) and re.fullmatch(r"-?\d+", name):
-        return value[int(name)] if -len(value) <= int(name) < len(value) else _MISSING
-    return _MISSING
-
-
-def _best(values: Any, which: str, column: str) -> Any:
-    """Return the first item with the highest or lowest number in a column; those without a number do not count."""
-    if not isinstance(values, (list, tuple)):
-        return _MISSING
-    rated = [(number, item) for item in values if (number := _number(_lookup(item, column))) is not None]
-    if not rated:
-        return _MISSING
-    numbers = [number for number, _ in rated]
-    if min(numbers) == max(numbers):
-        return _TIED
-    return rated[numbers.index(max(numbers) if which == "max" else min(numbers))][1]
-
-
-def _number(value: Any) -> float | None:
-    """Return a number, which may be written as a text; None for anything else."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return None
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value else None
-
-
-def _in_our_names(row: Row, columns: Mapping[str, str]) -> Row:
-    if not columns:
-        return row
-    mapped = {ours: _lookup(row, theirs) for ours, theirs in columns.items()}
-    kept = {column: value for column, value in row.items() if column not in mapped}
-    return kept | {ours: value for ours, value in mapped.items() if value is not _MISSING}
 
 
 def _turns(view: Row, column: str) -> str | tuple[Message, ...]:
     """Return a column's text, or its messages, be they a list or a single one."""
-    value = view.get(column, _MISSING)
+    value = view.get(column, MISSING)
     if isinstance(value, Mapping):
         return (_message(value, column),)
     if isinstance(value, (list, tuple)):
@@ -488,17 +379,17 @@ def _turns(view: Row, column: str) -> str | tuple[Message, ...]:
 def _message(value: Any, where: str) -> Message:
     """Read {role, content} or {from, value}."""
     if not isinstance(value, Mapping):
-        raise Drop("malformed", f"{where} is {_found(value)}, not a message")
+        raise Drop("malformed", f"{where} is {described(value)}, not a message")
     # Columnar files give every message the keys of both spellings, the unused ones null.
     role_key, content_key = ("role", "content") if value.get("role") is not None else ("from", "value")
-    role = value.get(role_key, _MISSING)
-    if role is _MISSING:
+    role = value.get(role_key, MISSING)
+    if role is MISSING:
         raise Drop("malformed", f"{where} is a message with neither role nor from, but {', '.join(value)}")
     if not isinstance(role, str) or role.strip().lower() not in _ROLES:
-        raise Drop("malformed", f"{where}.{role_key} is {_found(role)}, not a known role")
+        raise Drop("malformed", f"{where}.{role_key} is {described(role)}, not a known role")
     if value.get("tool_calls"):
         raise Drop("malformed", f"{where}.tool_calls: calls beside the text cannot be rendered")
-    content = value.get(content_key, _MISSING)
+    content = value.get(content_key, MISSING)
     if isinstance(content, (list, tuple)):
         content = "".join(_part(part, f"{where}.{content_key}[{i}]") for i, part in enumerate(content))
     return Message(_ROLES[role.strip().lower()], _text(content, f"{where}.{content_key}"))
@@ -507,15 +398,15 @@ def _message(value: Any, where: str) -> Message:
 def _part(value: Any, where: str) -> str:
     if not isinstance(value, Mapping) or value.get("type") != "text":
         kind = value.get("type") if isinstance(value, Mapping) else value
-        raise Drop("malformed", f"{where} is {_found(kind)}, not a part of the type text")
-    return _text(value.get("text", _MISSING), f"{where}.text")
+        raise Drop("malformed", f"{where} is {described(kind)}, not a part of the type text")
+    return _text(value.get("text", MISSING), f"{where}.text")
 
 
 def _text(value: Any, where: str) -> str:
-    if value is _TIED:
+    if value is TIED:
         raise Drop("filtered", f"{where}: no answer is rated above another")
     if not isinstance(value, str):
-        raise Drop("malformed", f"{where} is {_found(value)}, not a text")
+        raise Drop("malformed", f"{where} is {described(value)}, not a text")
     if "\0" in value:
         raise Drop("malformed", f"{where} has a NUL character at {value.index(chr(0))}")
     try:
@@ -526,20 +417,6 @@ def _text(value: Any, where: str) -> str:
             raise Drop("malformed", f"{where} is not UTF-8: byte 0x{code - 0xDC00:02x} at {error.start}") from None
         raise Drop("malformed", f"{where} has a lone surrogate, U+{code:04X}, at {error.start}") from None
     return value
-
-
-def _found(value: Any) -> str:
-    """Say what was found in a value's place."""
-    if value is _MISSING:
-        return "missing"
-    if value is None or _is_nan(value):
-        return "null"
-    kinds = ((bool, "a boolean"), ((int, float), "a number"), (str, "a text"), (Mapping, "an object"))
-    kind = next((name for types, name in kinds if isinstance(value, types)), None)
-    if kind is None:
-        kind = "a list" if isinstance(value, (list, tuple)) else f"a {type(value).__name__}"
-    shown = repr(value)
-    return f"{kind} ({shown if len(shown) <= 40 else shown[:37] + '...'})"
 
 
 def _is_dialogue(text: Any) -> bool:
@@ -561,7 +438,7 @@ def _dialogue(prompt: str | tuple[Message, ...] | None, side: str | tuple[Messag
     if not _is_dialogue(side) and _is_dialogue_start(prompt):
         side = f"{prompt} {side}"
     if not _is_dialogue(side):
-        raise Drop("malformed", f"{_found(side)} does not begin with 'Human:', as the other rows do")
+        raise Drop("malformed", f"{described(side)} does not begin with 'Human:', as the other rows do")
     _, *parts = _TURN.split(side)
     roles = {"Human": "user", "Assistant": "assistant"}
     return tuple(Message(roles[speaker], text.strip()) for speaker, text in zip(parts[::2], parts[1::2], strict=True))
@@ -607,8 +484,8 @@ def column_values(rows: Sequence[Row], column: str, where: str) -> list[Any]:
     Raises `DataError`, naming `where` the column was asked for, if no row has it.
     """
     _check_column(rows, column, where)
-    values = [_lookup(row, column) for row in rows]
-    return [None if _is_null(value) else value for value in values]
+    values = [lookup(row, column) for row in rows]
+    return [None if is_null(value) else value for value in values]
 
 
 def passes(row: Row, filters: Sequence[Filter]) -> bool:
@@ -617,7 +494,7 @@ def passes(row: Row, filters: Sequence[Filter]) -> bool:
     A null passes no comparison but `ne`, `not_in` and `not_contains`. Values that cannot be compared, a word
     with a number for instance, raise `Drop("malformed")`; a number written as text compares as the number.
     """
-    return all(_holds(_lookup(row, spec.column), spec) for spec in filters)
+    return all(_holds(lookup(row, spec.column), spec) for spec in filters)
 
 
 _ORDER = {
@@ -629,7 +506,7 @@ _ORDER = {
 
 
 def _holds(value: Any, spec: Filter) -> bool:
-    null = _is_null(value)
+    null = is_null(value)
     match spec.op:
         case "is_null":
             return null == spec.value
@@ -693,15 +570,7 @@ def _alike(value: Any, wanted: Any, spec: Filter) -> tuple[Any, Any]:
 
 
 def _incomparable(value: Any, spec: Filter) -> Drop:
-    return Drop("malformed", f"{spec.column} is {_found(value)}, which {spec.op} {spec.value!r} cannot compare")
-
-
-def _is_null(value: Any) -> bool:
-    return value is None or value is _MISSING or value is _TIED or _is_nan(value)
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+    return Drop("malformed", f"{spec.column} is {described(value)}, which {spec.op} {spec.value!r} cannot compare")
 
 
 # Templated strings

@@ -423,7 +423,7 @@ def test_rows_of_no_known_shape_are_refused_with_the_mapping_to_write():
         recognise([row])
     assert "best: 'a'" in caught.value.message
     assert "QQQ..." in caught.value.message
-    assert "chosen: <the preferred response>" in (caught.value.hint or "")
+    assert "chosen: best\n    rejected: worst" in (caught.value.hint or "")
     columns = {"prompt": "request", "chosen": "best", "rejected": "worst"}
     assert read(row, columns) == Pair("Q" * 200, "a", "b")
 
