@@ -149,7 +149,8 @@ def summarise(data: Data) -> dict[str, Any]:
             {**said, "why": source.format.why}
             for said, source in zip(pairs.summary()["sources"], pairs.reader.sources, strict=True)
         ]
-        summary[name] = {"sources": sources, **counted[name].summary()}
+        rows = sum(counted[other].rows for other, of in data.sets().items() if of.reader is pairs.reader)
+        summary[name] = {"sources": sources, **counted[name].summary(), "rows": rows, "held_out": pairs.held_out}
     if data.held_out is not None:
         summary["overlap"] = keys.overlap(data.training.reader.where, data.held_out.reader.where)
     return summary | {"warnings": list(_warnings(data, summary))}

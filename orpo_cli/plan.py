@@ -22,6 +22,7 @@ from orpo_cli.model.memory import GIB, Needs, Plan, checkpoint_layers, device_me
 from orpo_cli.model.outline import outline, packed
 from orpo_cli.recipe import Recipe
 from orpo_cli.signals import Noted
+from orpo_cli.terminal import size_of_set
 from orpo_cli.train.diagnosis import Health
 from orpo_cli.train.distributed import Processes, make_deterministic, seed_everything
 from orpo_cli.train.evaluation import evaluation_steps, score_together
@@ -110,15 +111,20 @@ def _planned(
 
 
 def _of_pairs(logprobs: PairLogprobs, pairs: PairSet) -> dict[str, Any]:
-    """Counts of a set; tokens as they are computed, a shared prompt once. None where a stream has not been counted."""
-    held = None if pairs.held is None else [logprobs.tokens(pair) for pair in pairs.held.values()]
+    """Counts of a set; None where a stream has not been counted.
+
+    `tokens` are as they are computed, a shared prompt once; `longest_pair` is as data.max_length counts, the prompt and
+    the longer answer.
+    """
+    held = None if pairs.held is None else list(pairs.held.values())
     return {
         "rows": pairs.rows,
         "pairs": pairs.pairs,
+        "held_out": pairs.held_out,
         "dropped": dict(sorted(pairs.dropped.items())),
         "truncated": pairs.truncated,
-        "tokens": None if held is None else sum(held),
-        "longest_pair": None if held is None else max(held),
+        "tokens": None if held is None else sum(map(logprobs.tokens, held)),
+        "longest_pair": None if held is None else max(max(len(p.chosen_ids), len(p.rejected_ids)) for p in held),
     }
 
 
@@ -286,9 +292,15 @@ def lines(recipe: Recipe, figures: dict[str, Any]) -> Iterator[str]:
             if of["pairs"] is None:
                 yield f"{said} data: a stream, not counted"
                 continue
-            longest = f", {of['tokens']:,} tokens, the longest pair {of['longest_pair']:,}" if of["tokens"] else ""
+            longest = (
+                f"; {of['tokens']:,} tokens to compute; prompt + longer answer at most {of['longest_pair']:,}"
+                if of["tokens"]
+                else ""
+            )
             dropped = "".join(f", {count:,} {reason}" for reason, count in of["dropped"].items())
-            yield f"{said} data: {of['pairs']:,} pairs of {of['rows']:,} rows{dropped}{longest}"
+            of_training = name == "eval" and data["train"]["held_out"] > 0
+            size = size_of_set(of["pairs"], of["rows"], of["held_out"], of_training=of_training)
+            yield f"{said} data: {size}{dropped}{longest}"
     tokens = f", about {figures['tokens']:,} tokens" if figures["tokens"] else ""
     yield f"steps: {figures['steps']:,} of {recipe.train.batch_size} pairs{tokens}"
     yield (

@@ -62,6 +62,13 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
+def size_of_set(pairs: int, rows: int, held_out: int, *, of_training: bool = False) -> str:
+    """How many pairs a set has; `of_training`: it is the `held_out` pairs of the training data's rows."""
+    if of_training:
+        return f"{pairs:,} pairs, of the training data's rows"
+    return f"{pairs:,} pairs of {rows:,} rows" + (f", {held_out:,} held out" if held_out else "")
+
+
 Pieces = Mapping[str, list[tuple[str, bool, bool]]]
 """A pair, token by token: side -> (token, in the NLL, in the odds ratio)."""
 _PARTS = {

@@ -266,7 +266,7 @@ def test_data_shows_figures_and_pairs_on_stdout_and_warnings_on_stderr(orpo, tin
     code, out, err = orpo("data", tiny_recipe(), "--pairs", "1")
     assert code == 0
     assert "\ntraining: " in out
-    assert "\nheld-out: 8 pairs of 8 rows, 0 dropped\n" in out
+    assert "\nheld-out: 8 pairs, of the training data's rows\n" in out
     assert out.count("\n  chosen: [context]") == out.count("\n  rejected: [context]") == 1
     assert "[nll+or]11 is.</s>\n" in out
     assert "\x1b" not in out

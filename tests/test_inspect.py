@@ -206,8 +206,8 @@ def test_held_out_pairs_of_the_training_data_are_counted_apart(recipe_of, tmp_pa
     )
     summary = summary_of(recipe)
     train, held_out = summary["train"], summary["eval"]
-    assert (train["rows"], train["pairs"], train["dropped"]) == (27, 24, {"duplicate": 2, "empty": 1})
-    assert (held_out["rows"], held_out["pairs"], held_out["dropped"]) == (6, 6, {})
+    assert (train["rows"], train["pairs"], train["dropped"]) == (33, 24, {"duplicate": 2, "empty": 1})
+    assert (train["held_out"], held_out["rows"], held_out["pairs"], held_out["dropped"]) == (6, 33, 6, {})
     assert (summary["overlap"]["prompts"], summary["overlap"]["pairs"]) == (0, 0)
     assert sum(train["overlong"]["drop"].values()) == 24
     data = inspect.open_data(recipe)

@@ -41,7 +41,9 @@ def test_what_is_said_is_what_the_run_does(tiny_recipe, tmp_path, orpo):
 
     pairs, _ = load_pairs(resolved.data, pair_tokenizer(resolved, load_text_side(resolved)), resolved.train)
     tokens = [flat_tokens(pair) for pair in pairs.in_source_order()]
-    assert (said["data"]["train"]["tokens"], said["data"]["train"]["longest_pair"]) == (sum(tokens), max(tokens))
+    assert said["data"]["train"]["tokens"] == sum(tokens)
+    longest = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs.in_source_order())
+    assert said["data"]["train"]["longest_pair"] == longest
     assert said["tokens"] == round(32 * sum(tokens) / 56)
 
     adapter = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
@@ -61,6 +63,37 @@ def test_the_text_is_the_resolved_recipe_and_the_plan_as_comments(tiny_recipe, o
     heads = ["model", "training data", "held-out data", "steps", "memory, training", "memory, evaluation", "disk"]
     for head in heads:
         assert any(line.startswith(f"# {head}: ") for line in comments), head
+
+
+def test_check_data_and_train_count_alike(tiny_recipe, tmp_path, orpo):
+    rows = [{"prompt": f"Q{i}", "chosen": "a" * (i + 1), "rejected": "b"} for i in range(20)]
+    rows += [{"prompt": "Q", "chosen": "", "rejected": "b"}, {"prompt": "Q", "chosen": "a" * 500, "rejected": "b"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tiny_recipe(data={"train": str(tmp_path / "rows.jsonl"), "eval": {"holdout": 4}})
+    plan = checked(orpo, recipe)["data"]
+    found = json.loads(orpo("data", recipe, "--json", "--summary")[1])
+    for name in ("train", "eval"):
+        for key in ("rows", "pairs", "held_out", "dropped", "truncated"):
+            assert plan[name][key] == found[name][key], (name, key)
+    assert plan["train"]["held_out"] == plan["eval"]["pairs"] == 4
+    assert (plan["train"]["rows"], plan["train"]["pairs"]) == (22, 16)
+
+    said = [orpo("check", recipe)[1], orpo("data", recipe)[1], orpo("train", recipe)[2]]
+    for text in said:
+        assert "16 pairs of 22 rows, 4 held out" in text
+        assert "4 pairs, of the training data's rows" in text
+
+    # Of whole pairs, `orpo data` sees the longest one of all.
+    assert plan["train"]["longest_pair"] < found["train"]["tokens"]["pair"]["max"]
+    kept = tiny_recipe(
+        data={
+            "train": str(tmp_path / "rows.jsonl"),
+            "eval": None,
+            "filter": [{"column": "chosen", "not_contains": "a" * 99}],
+        }
+    )
+    plan, found = checked(orpo, kept)["data"], json.loads(orpo("data", kept, "--json", "--summary")[1])
+    assert plan["train"]["longest_pair"] == found["train"]["tokens"]["pair"]["max"]
 
 
 def test_every_fault_of_the_recipe_is_told_at_once(tiny_recipe, orpo):

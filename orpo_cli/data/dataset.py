@@ -235,6 +235,8 @@ class PairSet:
     """Pairs of each source in an epoch, where there are several to train on."""
     truncated: int = 0
     """How many of the pairs were truncated to fit."""
+    held_out: int = 0
+    """How many pairs of these rows are in the held-out set instead."""
     dropped: Counter[str] = field(default_factory=Counter)
     rows_read: int = 0
     """Rows of an uncounted stream that have been read so far, each once."""
@@ -684,7 +686,7 @@ def _hold_out(pairs: PairSet, found: Survey, holdout: Holdout) -> tuple[PairSet,
         held = {index: result for index, result in results if isinstance(result, TokenizedPair)}
     pairs.usable.remove(taken)
     truncated = sum(pair.truncated for pair in held.values())
-    pairs.pairs, pairs.truncated = pairs.pairs - len(held), pairs.truncated - truncated
+    pairs.pairs, pairs.truncated, pairs.held_out = pairs.pairs - len(held), pairs.truncated - truncated, len(held)
     return pairs, PairSet(pairs.reader, rows=pairs.rows, pairs=len(held), held=held, usable=taken, truncated=truncated)
 
 

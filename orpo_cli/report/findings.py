@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orpo_cli.terminal import Pieces, pair_lines, visible
+from orpo_cli.terminal import Pieces, pair_lines, size_of_set, visible
 
 console = Console(highlight=False, soft_wrap=True)
 _COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
@@ -22,7 +22,8 @@ def show(summary: Mapping[str, Any]) -> None:
         _line(f"  tokens added to the vocabulary: {' '.join(summary['added_tokens'])}")
     for name, title in (("train", "training"), ("eval", "held-out")):
         if summary[name]:
-            _show_set(title, summary[name], summary)
+            of_training = name == "eval" and summary["train"]["held_out"] > 0
+            _show_set(title, summary[name], summary, of_training=of_training)
         else:
             _heading(f"{title}: none (data.eval)")
     if overlap := summary["overlap"]:
@@ -41,9 +42,10 @@ def show_pair(where: str, pieces: Pieces) -> None:
         console.print(line)
 
 
-def _show_set(title: str, found: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+def _show_set(title: str, found: Mapping[str, Any], summary: Mapping[str, Any], *, of_training: bool) -> None:
     dropped = sum(found["dropped"].values())
-    _heading(f"{title}: {found['pairs']:,} pairs of {found['rows']:,} rows, {dropped:,} dropped")
+    size = size_of_set(found["pairs"], found["rows"], found["held_out"], of_training=of_training)
+    _heading(f"{title}: {size}" + ("" if of_training else f", {dropped:,} dropped"))
     for source in found["sources"]:
         _line(f"  {source['path']}: format {source['format']} ({source['why']})")
     for reason, count in found["dropped"].items():
@@ -71,7 +73,7 @@ def _show_set(title: str, found: Mapping[str, Any], summary: Mapping[str, Any]) 
 
 def _lengths(found: Mapping[str, Any]) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2))
-    table.add_column("  tokens")
+    table.add_column("  tokens, of whole pairs")
     for name in _COLUMNS:
         table.add_column(f"{name[1:]} %" if name.startswith("p") else name, justify="right")
     for name, title in (

@@ -18,7 +18,7 @@ from orpo_cli.model.load import base_content, base_revision
 from orpo_cli.model.memory import Plan
 from orpo_cli.recipe import Recipe
 from orpo_cli.redact import redact
-from orpo_cli.terminal import first_pair, say, warn
+from orpo_cli.terminal import first_pair, say, size_of_set, warn
 from orpo_cli.train.distributed import Processes
 from orpo_cli.train.needs import in_words, savings
 from orpo_cli.train.state import Run
@@ -29,7 +29,9 @@ def describe_data(train_set: PairSet, held_out: PairSet | None, text: TextSide, 
     for name, pairs in (("training", train_set), ("held-out", held_out)):
         if pairs is None:
             continue
-        size = "a stream, not counted" if pairs.pairs is None else f"{pairs.pairs:,} pairs of {pairs.rows:,} rows"
+        size, of_training = "a stream, not counted", name == "held-out" and train_set.held_out > 0
+        if pairs.pairs is not None and pairs.rows is not None:
+            size = size_of_set(pairs.pairs, pairs.rows, pairs.held_out, of_training=of_training)
         formats = ", ".join(dict.fromkeys(f"{s.format.name} ({s.format.why})" for s in pairs.reader.sources))
         say(f"{name} data: {size}; format {formats}")
         if pairs.truncated:
