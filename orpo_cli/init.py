@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orpo_cli.errors import InputError
 from orpo_cli.files import write_file
+
+if TYPE_CHECKING:
+    from orpo_cli.recipe.conversion import Conversion
 
 # An installed package carries the recipes inside; a checkout has them beside it.
 RECIPES = next(
@@ -54,7 +58,8 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 def write_converted(source: Path, output: Path, *, overwrite: bool) -> list[str]:
     """Write another tool's recipe as ours; a line for each thing that is not in it, in the order of the source.
 
-    What is missing or impossible is left to be corrected: the file is there, and RecipeError lists its faults.
+    A tracker that is not installed is a comment. What is missing or impossible is left to be corrected: the file is
+    there, and RecipeError lists its faults.
     """
     from orpo_cli.recipe import load_recipe
     from orpo_cli.recipe.conversion import written
@@ -67,6 +72,26 @@ def write_converted(source: Path, output: Path, *, overwrite: bool) -> list[str]
     if draft.template:
         write_file(template, draft.template)
         draft.tree["model"]["chat_template"] = str(template)
-    write_file(output, written(draft))
+    absent = _take_absent_trackers(draft)
+    write_file(output, written(draft) + "".join(map(_once_installed, absent)))
     load_recipe(output)
     return [f"{source}{f':{line}' if line else ''}: {said}" for line, said in sorted(draft.remarks)]
+
+
+def _take_absent_trackers(draft: Conversion) -> list[str]:
+    """Take the trackers that are not installed here out of a recipe, and say so: it would be refused with them."""
+    from orpo_cli.report.trackers import is_installed
+
+    named = draft.tree["output"].pop("trackers", [])
+    absent = [name for name in named if not is_installed(name)]
+    if there := [name for name in named if name not in absent]:
+        draft.tree["output"]["trackers"] = there
+    for name in absent:
+        draft.remark(f"{name} is not installed, so that output.trackers has it in a comment alone", "report_to")
+    return absent
+
+
+def _once_installed(tracker: str) -> str:
+    from orpo_cli.report.trackers import PACKAGES
+
+    return f"# output.trackers: {tracker}, once it is installed: pip install {PACKAGES[tracker]}\n"

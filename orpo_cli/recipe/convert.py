@@ -138,6 +138,8 @@ def _tool(path: Path, given: dict[str, Any], lines: dict[str, int]) -> str:
 
 def _why_left(name: str) -> str:
     key, note = foreign.translate(name) or (None, "")
+    if key == "output.trackers" and note:  # what the tracker itself is told
+        return f"not carried over; {note}"
     if key is not None:
         return f"not carried over; see {key}" + (f" ({note})" if note else "")
     return note or "no key of ours, and unknown here"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -22,6 +22,10 @@ _FIGURES = (
     "or_loss",
     "loss",
 )
+
+
+# Groups of a column that are printed; more are summed up.
+_GROUPS = 20
 
 
 def show(figures: Mapping[str, Any]) -> None:
@@ -82,18 +86,36 @@ def _overall(figures: Mapping[str, Any]) -> Table:
 
 
 def _groups(title: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A line a group; of very many, the largest ones, and the others in one line."""
     table = _table(title, "pairs", "accuracy", "95 %", *(("log odds ratio", "95 %") if title.startswith("by ") else ()))
+    for column in table.columns[1:]:
+        column.no_wrap = True
+    if len(groups) > _GROUPS:
+        largest = sorted(groups, key=lambda name: -groups[name]["pairs"])
+        shown, others = largest[: _GROUPS - 1], largest[_GROUPS - 1 :]
+        together = _together([groups[name] for name in others])
+        table.title = f"{title}: the largest of {len(groups):,} groups (the JSON has all)"
+        groups = {name: groups[name] for name in shown} | {f"{len(others):,} others": together}
     for name, figures in groups.items():
         cells = [
             visible(name),
             f"{figures['pairs']:,}",
             number(figures["accuracy"]),
-            _interval(figures["accuracy_ci95"]),
+            _interval(figures.get("accuracy_ci95")),
         ]
         if "log_odds_ratio" in figures:
-            cells += [number(figures["log_odds_ratio"]), _interval(figures["log_odds_ratio_ci95"])]
+            cells += [number(figures["log_odds_ratio"]), _interval(figures.get("log_odds_ratio_ci95"))]
         table.add_row(*cells)
     return table
+
+
+def _together(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Pairs and means of some groups as of one, without intervals."""
+    pairs = sum(group["pairs"] for group in groups)
+    means = {
+        name: sum(group["pairs"] * group[name] for group in groups) / pairs for name in ("accuracy", "log_odds_ratio")
+    }
+    return {"pairs": pairs, **means}
 
 
 def _diversity(answers: Mapping[str, Any]) -> Table:

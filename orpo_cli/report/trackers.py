@@ -55,8 +55,7 @@ def check_trackers(names: Iterable[str]) -> None:
                 f"HF_HUB_OFFLINE forbids to use a network, and {variable} has {name} write to a server",
                 "unset one of the two",
             )
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # without an origin, it is some directory that is called wandb
+        if not is_installed(name):
             raise InputError(
                 f"output.trackers names {name}, and the package {PACKAGES[name]} is not installed",
                 f"pip install {PACKAGES[name]}, or take {name} out of output.trackers",
@@ -66,6 +65,12 @@ def check_trackers(names: Iterable[str]) -> None:
                 "output.trackers names wandb, and there is no account that it could write to",
                 "`wandb login`, or set WANDB_API_KEY; with WANDB_MODE=offline all stays on this machine",
             )
+
+
+def is_installed(name: str) -> bool:
+    """Whether a tracker's package is there."""
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None  # without an origin, it is some directory that is called wandb
 
 
 def elsewhere(name: str) -> str | None:

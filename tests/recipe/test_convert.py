@@ -56,8 +56,12 @@ def sample(tmp_path: Path, data: Path, tiny_base: Path) -> Callable[[str], Path]
 
 
 @pytest.fixture
-def converted(tmp_path: Path) -> Callable[..., tuple[Recipe, list[str]]]:
-    """`converted(path or text)` -> our recipe and the lines about what is not in it, the paths left out."""
+def converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Recipe, list[str]]]:
+    """`converted(path or text)` -> our recipe and the lines about what is not in it, the paths left out.
+
+    As on a machine that has every tracker.
+    """
+    monkeypatch.setattr("orpo_cli.report.trackers.is_installed", lambda name: True)
 
     def convert_it(source: Path | str) -> tuple[Recipe, list[str]]:
         if isinstance(source, str):
@@ -268,6 +272,7 @@ def test_a_key(text, key, expected, converted):
         (AXOLOTL + "deepspeed: zero3.json\n", "5: deepspeed: there is none: processes are placed by accelerate"),
         (AXOLOTL + "train_on_inputs: false\n", "5: train_on_inputs: not carried over; see loss.nll_tokens"),
         (AXOLOTL + "wandb_run_id: x\n", "5: wandb_run_id: a tracker's own"),
+        (AXOLOTL + "wandb_project: x\n", "5: wandb_project: not carried over; WANDB_PROJECT in the environment names"),
         (AXOLOTL + "rl: dpo\n", "5: rl: given twice; the first one counts"),
         (FACTORY, "4: dataset: x/y is not in data/dataset_info.json; taken for a path or hub id: see data.train"),
         (AXOLOTL + "use_comet: true\n", "5: use_comet: no key of ours"),
@@ -290,6 +295,18 @@ def test_a_key(text, key, expected, converted):
 def test_what_is_left_out_is_said(text, line, converted):
     _, said = converted(text)
     assert any(found.startswith(line) for found in said), said
+
+
+def test_a_tracker_that_is_not_installed_is_a_comment(converted, monkeypatch, tmp_path):
+    monkeypatch.setattr("orpo_cli.report.trackers.is_installed", lambda name: name == "tensorboard")
+    recipe, said = converted(TRL + "report_to: [mlflow, tensorboard]\n")
+    assert recipe.output.trackers == ["tensorboard"]
+    assert "3: mlflow is not installed, so that output.trackers has it in a comment alone" in said, said
+    written = (tmp_path / "ours.yaml").read_text()
+    assert "# output.trackers: mlflow, once it is installed: pip install mlflow-skinny\n" in written
+    recipe, said = converted(AXOLOTL + "wandb_project: x\n")
+    assert recipe.output.trackers == []
+    assert any("wandb is not installed" in line for line in said)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,26 @@ def test_a_plain_evaluation_has_no_columns_for_a_base(figures, capsys):
     assert row(err, "loss")[0] == f"{figures['loss']:.4g}"
 
 
+def test_of_very_many_groups_the_largest_are_printed_and_the_others_summed_up(figures, capsys):
+    rng, loss = np.random.default_rng(1), LossSection()
+    scores = Scores(-rng.exponential(1, 90), -rng.exponential(1, 90), np.ones(90), np.ones(90))
+    places = np.split(np.arange(90), np.cumsum(np.arange(1, 13)))  # of 1, 2, ... 12 pairs, and what is left
+    few = slices(scores, {f"value {len(of)}": of for of in places}, loss)
+    show({**figures, "slices": {"few": few}})
+    assert "others" not in capsys.readouterr().err
+
+    many = {"largest": np.arange(30)} | {f"single {i}": np.array([30 + i]) for i in range(59, -1, -1)}
+    show({**figures, "slices": {"many": slices(scores, many, loss)}})
+    lines = capsys.readouterr().err.splitlines()
+    table = lines[lines.index("by many: the largest of 61 groups (the JSON has all)") + 2 :][:20]
+    assert table[0].startswith("largest  ")
+    assert [line.split()[1] for line in table[1:19]] == [f"{i}" for i in range(59, 41, -1)]
+    rest = slices(scores, {"rest": np.arange(30, 72)}, loss)["rest"]
+    expected = [f"{rest[name]:.4g}" for name in ("accuracy", "log_odds_ratio")]
+    assert table[19].split() == ["42", "others", "42", *expected]
+    assert "single 0 " not in "\n".join(lines)
+
+
 @pytest.mark.parametrize("before", [None, {}])
 def test_the_comparison_stands_without_a_first_evaluation(before, capsys):
     names = ("accuracy", "log_odds_ratio", "chosen_logps", "rejected_logps", "nll_loss", "or_loss", "loss")
