@@ -6,11 +6,14 @@ rendering small probe dialogues, never by reading its source.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +85,7 @@ class ChatTemplate:
     control_tokens: the control tokens that the template writes, in order of appearance; `end_of_turn` is one.
     opening: what the template writes between the generation prompt and the answer: "" for most, " " for
         plain, an empty think block for Qwen3.
+    day: the day (2026-11-21) that it is in every rendering; None where the template does not ask.
     """
 
     name: str
@@ -90,6 +94,12 @@ class ChatTemplate:
     end_of_turn: str
     control_tokens: tuple[str, ...]
     opening: str
+    day: str | None = None
+
+    @property
+    def rendered_source(self) -> str | None:
+        """The jinja text with its day in place of today."""
+        return self.source if self.source is None or self.day is None else _stopped_clock(self.day) + self.source
 
 
 def resolve_template(
@@ -99,6 +109,7 @@ def resolve_template(
     eos_token: str = "auto",
     add_bos: bool | str = "auto",
     kwargs: dict[str, Any],
+    day: str = "auto",
 ) -> ChatTemplate:
     """Find the template that the recipe means for this tokenizer.
 
@@ -107,6 +118,7 @@ def resolve_template(
         EOS, else a token of its vocabulary that is named like one, else a new `<|endoftext|>`.
     add_bos: whether the template's text begins with BOS; auto = as it does, else as the tokenizer does by itself.
     kwargs: `chat_template_kwargs`.
+    day: `chat_template_date`; auto = today.
 
     The tokenizer is not changed; `fit_tokenizer` does that. Raises ModelError for a template that is missing,
     broken or does not write the answer.
@@ -120,7 +132,8 @@ def resolve_template(
         return ChatTemplate("none", None, dict(kwargs), eos, (eos,), "")
 
     name, source = _find_source(setting, tokenizer)
-    probe = _Probe(tokenizer, name, kwargs)
+    day = date.today().isoformat() if day == "auto" else day
+    probe = _Probe(tokenizer, name, kwargs, day)
     answered = probe.render(source, ["user", "assistant"], eos_token=eos)
     if SENTINEL not in answered:
         raise ModelError(
@@ -145,9 +158,13 @@ def resolve_template(
         source = f"{{{{ bos_token }}}}{source}"
 
     prompt = probe.render(source, dialogue, add_generation_prompt=True, eos_token=end_of_turn)
-    full = probe.render(source, [*dialogue, "assistant"], eos_token=end_of_turn)
+    roles = [*dialogue, "assistant"]
+    full = probe.render(source, roles, eos_token=end_of_turn)
     before = full.rpartition(SENTINEL)[0]
-    written = control.findall(probe.render_system(source) + prompt + before)
+    with_system = probe.render_system(source)
+    written = control.findall(with_system + prompt + before)
+    undated = dataclasses.replace(probe, day=None)
+    asks = (with_system, full) != (undated.render_system(source), undated.render(source, roles, eos_token=end_of_turn))
     return ChatTemplate(
         name=name,
         source=source,
@@ -155,6 +172,7 @@ def resolve_template(
         end_of_turn=end_of_turn,
         control_tokens=tuple(dict.fromkeys([*written, end_of_turn])),
         opening=before[len(prompt) :] if before.startswith(prompt) else "",
+        day=day if asks else None,
     )
 
 
@@ -196,7 +214,7 @@ def render(
     try:
         return tokenizer.apply_chat_template(
             conversation,
-            chat_template=template.source,
+            chat_template=template.rendered_source,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             **template.kwargs,
@@ -267,6 +285,25 @@ def template_file(path: str) -> str:
         ) from None
 
 
+# What strftime knows (POSIX), and glibc's forms without a leading zero.
+_DIRECTIVES = [*"aAbBcCdDeFgGhHIjmMnprRStTuUVwWxXyY", "-d", "-m", "-y", "-H", "-I", "-M", "-S", "-j"]
+
+
+@cache
+def _stopped_clock(day: str | None) -> str:
+    """Jinja text for which it always is midnight of a day (2026-11-21), or no time that could be told.
+
+    transformers hands a template no function of ours, so that `strftime_now` becomes a macro of the template's own. It
+    takes a line, of which jinja drops the end: what begins the template still begins a line.
+    """
+    said = "''"
+    if day is not None:
+        then = date.fromisoformat(day)
+        texts = {f"%{directive}": then.strftime(f"%{directive}") for directive in _DIRECTIVES} | {"%%": "%"}
+        said = "format" + "".join(f" | replace({json.dumps(k)}, {json.dumps(text)})" for k, text in texts.items())
+    return f"{{%- macro strftime_now(format) -%}}{{{{ {said} }}}}{{%- endmacro %}}\n"
+
+
 @dataclass(frozen=True)
 class _Probe:
     """Renders made-up dialogues with templates that no tokenizer has been given yet."""
@@ -274,17 +311,21 @@ class _Probe:
     tokenizer: Any
     name: str
     kwargs: dict[str, Any]
+    day: str | None
 
     def render(self, source: str, roles: list[str], **kwargs: Any) -> str:
         """A dialogue in which every answer is the sentinel."""
         conversation = [{"role": role, "content": SENTINEL if role == "assistant" else QUESTION} for role in roles]
         try:
             return self.tokenizer.apply_chat_template(
-                conversation, chat_template=source, tokenize=False, **{**self.kwargs, **kwargs}
+                conversation,
+                chat_template=_stopped_clock(self.day) + source,
+                tokenize=False,
+                **{**self.kwargs, **kwargs},
             )
         except TemplateSyntaxError as error:
             raise ModelError(
-                f"chat template {self.name}, line {error.lineno}: {error.message}",
+                f"chat template {self.name}, line {error.lineno - 1}: {error.message}",
                 "correct the jinja text, or set model.chat_template: plain",
             ) from None
         except Exception as error:  # whatever a stranger's template does wrong

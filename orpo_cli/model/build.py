@@ -62,6 +62,7 @@ class TextSide:
         for left_by_the_last_call in ("truncation", "padding"):
             tokenizer.pop(left_by_the_last_call, None)
         template = [self.template.source, self.template.end_of_turn, self.template.opening, self.starts_with_bos]
+        template += [self.template.day] if self.template.day else []
         return {
             name: hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
             for name, content in (("tokenizer", tokenizer), ("template", template))
@@ -115,6 +116,7 @@ def text_side(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TextSide:
         eos_token=section.eos_token,
         add_bos=recipe.data.add_bos,
         kwargs=dict(section.chat_template_kwargs),
+        day=section.chat_template_date,
     )
     add_bos = recipe.data.add_bos
     starts_with_bos = adds_bos(tokenizer) if add_bos == "auto" else add_bos

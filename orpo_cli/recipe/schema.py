@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -58,6 +59,16 @@ def _is_template_file(path: str) -> str:
     return path
 
 
+def _is_day(text: str) -> str:
+    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", text):
+        raise PydanticCustomError("not_a_day", "not a day written as 2026-11-21")
+    try:
+        date.fromisoformat(text)
+    except ValueError as error:
+        raise ValueError(f"not a day: {error}") from error
+    return text
+
+
 @dataclass(frozen=True)
 class InWords:
     """What a type allows, for messages, where its structure does not say it well."""
@@ -75,6 +86,12 @@ JinjaFile = Annotated[
     AfterValidator(_is_template_file),
     InWords("a file.jinja"),
     WithJsonSchema({"type": "string", "pattern": r"\.jinja$"}),
+]
+Day = Annotated[
+    str,
+    AfterValidator(_is_day),
+    InWords("a day as 2026-11-21"),
+    WithJsonSchema({"type": "string", "format": "date"}),
 ]
 Scalar = str | int | float | bool
 Number = int | float
@@ -114,6 +131,9 @@ class ModelSection(Section):
     `Assistant: ...`; `none`: prompt and responses as they are, then EOS; or the path of a Jinja file."""
     chat_template_kwargs: dict[str, JsonValue] = {}
     """Extra variables for the template, e.g. `{enable_thinking: false}`."""
+    chat_template_date: Literal["auto"] | Day = "auto"
+    """The day that it is for a template that writes one. `auto`: the day on which the run begins, kept in its
+    `recipe.yaml`, so that a resumption and `orpo eval` read the same tokens on another."""
     eos_token: Text = "auto"
     """The token that ends a turn and stops generation. `auto`: the end of a turn in the template, else the
     tokenizer's EOS."""

@@ -37,7 +37,7 @@ from orpo_cli.train.needs import checkpoint_bytes, final_bytes, needs_of, plan_m
 from orpo_cli.train.optimizer import Optimizer
 from orpo_cli.train.record import describe_data, describe_run, facts, of_model
 from orpo_cli.train.rehearsal import rehearse
-from orpo_cli.train.resume import check_best, find_checkpoint, restore, resumptions
+from orpo_cli.train.resume import check_best, day_begun, find_checkpoint, on_day, restore, resumptions
 from orpo_cli.train.state import Progress, Run
 
 
@@ -78,10 +78,13 @@ def train_in(run: RunDirectory, recipe: Recipe, start: Start, processes: Process
     if processes.device.type == "cpu":
         keep_freed_memory()
 
+    resumes = start.resume or start.resume_from is not None
+    recipe = on_day(recipe, day_begun(run) if resumes else None)
     text, train_set, held_out = load_inputs(recipe, processes.device, say)
+    recipe = on_day(recipe, text.template.day)
     describe_data(train_set, held_out, text, recipe)
     record = facts(recipe, start.command, processes, text, train_set, held_out)
-    checkpoint = find_checkpoint(run, start.resume_from) if start.resume or start.resume_from else None
+    checkpoint = find_checkpoint(run, start.resume_from) if resumes else None
     if checkpoint is not None:
         record["resumed"] = resumptions(run, recipe, checkpoint, record, allow=start.allow_changes)
         check_best(run, recipe, checkpoint)

@@ -1,3 +1,5 @@
+from datetime import date
+
 import pytest
 from jinja2 import Environment
 from transformers import AutoTokenizer
@@ -276,7 +278,7 @@ def test_a_broken_template_is_explained(tmp_path, source, message):
 
 
 def test_an_absent_template_file_is_explained():
-    with pytest.raises(ModelError, match=r"'chatlm' is not a file") as error:
+    with pytest.raises(ModelError, match=r"chatlm cannot be read: No such file") as error:
         resolve_template("chatlm", gpt2(), kwargs={})
     assert "chatml" in error.value.hint
 
@@ -288,3 +290,39 @@ def test_a_tokenizer_without_offsets_is_refused():
     with pytest.raises(ModelError, match="Slow does not say") as error:
         require_offsets(Slow())
     assert "tokenizer.json" in error.value.hint
+
+
+# ---- the day
+
+
+DATED = "  {% if true %}{{ strftime_now('%d %b %Y, %A%% %-d %H:%M') }}|{% endif %}" + BUILT_IN["plain"]
+
+
+@pytest.mark.parametrize("day", ["2024-02-29", "2026-11-05"])
+def test_a_template_is_told_the_day_of_the_recipe(tmp_path, day):
+    path = tmp_path / "dated.jinja"
+    path.write_text(DATED)
+    tokenizer = gpt2()
+    template = resolve_template(str(path), tokenizer, kwargs={}, day=day)
+    told = date.fromisoformat(day).strftime("%d %b %Y, %A%% %-d %H:%M")
+    assert render(tokenizer, template, [Message("user", "Hi")]) == f"{told}|User: Hi"
+    assert template.day == day
+    fit_tokenizer(tokenizer, template)
+    assert tokenizer.chat_template == DATED  # whoever uses the model is told the true one
+
+
+def test_today_where_nothing_else_is_said_and_no_day_where_none_is_asked(tmp_path):
+    path = tmp_path / "dated.jinja"
+    path.write_text("{% if messages[0].role == 'system' and strftime_now('%Y') | int > 2000 %}now {% endif %}" + DATED)
+    before = date.today()
+    found = resolve_template(str(path), gpt2(), kwargs={}).day
+    assert before.isoformat() <= found <= date.today().isoformat()
+    for name in ("plain", "chatml", "none"):
+        assert resolve_template(name, gpt2(), kwargs={}, day="2024-02-29").day is None
+
+
+def test_an_undated_template_stands_where_it_stood(tmp_path):
+    path = tmp_path / "broken.jinja"
+    path.write_text("a\n{% for %}")
+    with pytest.raises(ModelError, match=r"broken.jinja, line 2: "):
+        resolve_template(str(path), gpt2(), kwargs={})

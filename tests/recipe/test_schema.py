@@ -27,6 +27,7 @@ DEFAULTS = {
         "disable_dropout": True,
         "chat_template": "auto",
         "chat_template_kwargs": {},
+        "chat_template_date": "auto",
         "eos_token": "auto",
         "new_token_init": "mean",
         "trust_remote_code": False,

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
+from datetime import date, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,8 +30,10 @@ from transformers import (
 
 from orpo_cli.data.batches import flat_batch
 from orpo_cli.data.dataset import load_held_out, load_pairs
+from orpo_cli.data.templates import BUILT_IN
 from orpo_cli.errors import DataError, InputError, ModelError, RunError
 from orpo_cli.evaluate import evaluate_target, score_pairs
+from orpo_cli.generate import prompt_ids
 from orpo_cli.merge import merge_target
 from orpo_cli.model import memory
 from orpo_cli.model.build import build_for_training, load_text_side, pair_tokenizer
@@ -364,6 +367,34 @@ def test_a_taught_template_travels_with_the_weights(tiny_recipe):
     weights = AutoModelForCausalLM.from_pretrained(Path(recipe.output.dir) / "merged").get_input_embeddings().weight
     assert len(weights) == len(tokenizer)
     assert not torch.equal(weights[-1], weights[-2])  # both started at the mean and have moved since
+
+
+def test_a_template_that_writes_the_date_reads_the_same_on_another_day(tiny_recipe, tmp_path, monkeypatch):
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%d %b') + '. ' }}" + BUILT_IN["plain"])
+    model = {"chat_template": str(template)}
+    recipe = load_recipe(tiny_recipe(model=model))
+    directory = Path(recipe.output.dir)
+    figures = train(recipe)
+    begun = load_recipe(directory / "recipe.yaml").model.chat_template_date
+    assert date.today() - date.fromisoformat(begun) <= timedelta(days=1)
+    adapter, first = (directory / "adapter" / "adapter_model.safetensors").read_bytes(), rows(directory)
+
+    class Later(date):
+        @classmethod
+        def today(cls) -> date:
+            return cls(2031, 5, 4)
+
+    monkeypatch.setattr("orpo_cli.data.templates.date", Later)
+    text = load_text_side(recipe)
+    assert text.tokenizer.decode(prompt_ids(text, "x")).startswith("<s>04 May. User: x")
+    assert evaluate_target(str(directory))["loss"] == figures["loss"]
+    train(recipe, Start(resume_from=directory / "checkpoints" / "step-000002"))
+    assert (directory / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    assert rows(directory) == first
+    another = load_recipe(tiny_recipe(model={**model, "chat_template_date": "2031-05-04"}))
+    with pytest.raises(InputError, match=f'model.chat_template_date: "{begun}" before, now "2031-05-04"'):
+        train(another, Start(resume=True))
 
 
 @pytest.fixture(scope="session")
