@@ -21,16 +21,17 @@ from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.model.memory import GIB, Needs, Plan, checkpoint_layers, device_memory, process_memory
 from orpo_cli.model.outline import outline, packed
 from orpo_cli.recipe import Recipe
+from orpo_cli.run import RunDirectory
 from orpo_cli.signals import Noted
 from orpo_cli.terminal import size_of_set
-from orpo_cli.train.diagnosis import Health
 from orpo_cli.train.distributed import Processes, make_deterministic, seed_everything
 from orpo_cli.train.evaluation import evaluation_steps, score_together
 from orpo_cli.train.inputs import load_inputs
 from orpo_cli.train.loop import gradients_within_memory, steps_to_come
-from orpo_cli.train.needs import checkpoint_bytes, final_bytes, in_words, needs_of, plan_memory, savings
+from orpo_cli.train.needs import final_bytes, in_words, needs_of, plan_memory, savings
 from orpo_cli.train.optimizer import Optimizer, learning_rate
 from orpo_cli.train.rehearsal import rehearse
+from orpo_cli.train.save import checkpoint_bytes
 from orpo_cli.train.state import Progress, Run
 
 # Steps that are timed; the first ones are slower than all others.
@@ -239,21 +240,15 @@ def time_steps(
     checkpoint_layers(built.base, plan.checkpointed_layers)
     run = Run(
         recipe=recipe,
+        directory=RunDirectory(Path(recipe.output.dir)),
         processes=processes,
-        logprobs=built.logprobs,
+        text=text,
+        built=built,
         optimizer=Optimizer(built.model.named_parameters(), recipe.train),
-        scaler=torch.amp.GradScaler(processes.device.type, enabled=False),
         train_set=train_set,
         held_out=held_out.in_source_order() if held_out else [],
         total_steps=train_set.total_steps(recipe.train),
-        max_tokens=plan.max_tokens,
-        progress=Progress(),
-        metrics=None,
-        samples=None,
-        answer=lambda prompts: [],
-        save=lambda: None,
-        without_adapter=None,
-        health=Health(recipe.loss.beta, train_set.total_steps(recipe.train)),
+        progress=Progress(max_tokens=plan.max_tokens),
     )
     started = time.perf_counter()
     rehearse(run)

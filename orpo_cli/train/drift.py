@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from peft import PeftModel
 
 from orpo_cli.data.batches import flat_batch
 from orpo_cli.data.tokenize import TokenizedPair
@@ -25,8 +26,8 @@ def drift(run: Run) -> dict[str, float]:
     pairs = run.held_out[:: -(-len(run.held_out) // PAIRS)]
     prompts, ends = prompt_and_end_logps(run, pairs)
     found = {"eval_end_logps": ends, "eval_prompt_logps": prompts}
-    if run.without_adapter is not None:
-        with run.without_adapter():
+    if isinstance(run.built.model, PeftModel):
+        with run.built.model.disable_adapter():
             found["eval_base_prompt_logps"], _ = prompt_and_end_logps(run, pairs)
     return found
 

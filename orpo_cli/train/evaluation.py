@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,9 +11,9 @@ import torch
 from orpo_cli.data.batches import flat_tokens
 from orpo_cli.evaluate import Scores, evaluation_row, pair_lines, score_in_parts
 from orpo_cli.files import to_json_lines, write_file
+from orpo_cli.generate import answers
 from orpo_cli.model.logprobs import inference
 from orpo_cli.recipe import Recipe
-from orpo_cli.run import RunDirectory
 from orpo_cli.signals import Noted
 from orpo_cli.terminal import say, warn
 from orpo_cli.train.display import StepDisplay
@@ -43,8 +42,8 @@ def evaluate(run: Run, stop: Noted, display: StepDisplay) -> bool:
     scores = score_together(run, stop)
     tokens = sum(flat_tokens(pair) for pair in run.held_out)
     cost = run.processes.cost(started, tokens)
-    answers = answer_together(run, stop) if scores is not None else None
-    if scores is None or answers is None:
+    answered = answer_together(run, stop) if scores is not None else None
+    if scores is None or answered is None:
         return False
 
     if run.held_out:
@@ -52,13 +51,11 @@ def evaluate(run: Run, stop: Noted, display: StepDisplay) -> bool:
         row |= {"eval_tokens": tokens} | {f"eval_{key}": value for key, value in cost.items()}
         note_best(progress, row[recipe.train.metric_for_best_model], recipe)
         if stops := progress.step < run.total_steps and patience_is_over(progress, recipe):
-            run.total_steps = run.health.total_steps = progress.step
+            run.end_after(progress.step)
         if run.metrics is not None:
             row |= drift(run)
             if progress.step == 0:
-                write_file(
-                    RunDirectory(Path(recipe.output.dir)).start_pairs, to_json_lines(pair_lines(scores, run.held_out))
-                )
+                write_file(run.directory.start_pairs, to_json_lines(pair_lines(scores, run.held_out)))
             run.metrics.write(row)
             display.evaluated(row)
         if stops:
@@ -67,7 +64,7 @@ def evaluate(run: Run, stop: Noted, display: StepDisplay) -> bool:
         if progress.step == run.total_steps:
             run.last_scores = scores
     if run.samples is not None:
-        for prompt, (answer, ended) in zip(recipe.train.sample_prompts, answers, strict=True):
+        for prompt, (answer, ended) in zip(recipe.train.sample_prompts, answered, strict=True):
             run.samples.write({"step": progress.step, "prompt": prompt, "answer": answer, "ended": ended})
     progress.evaluated = progress.step
     return True
@@ -120,7 +117,7 @@ def score_together(run: Run, stop: Noted) -> Scores | None:
             left = next(parts, None)
             word, max_tokens = (DONE, max_tokens) if left is None else (WORKING, left)
     if (max_tokens := -run.processes.largest(-max_tokens)) < run.max_tokens:
-        run.use_fewer_tokens(max_tokens)
+        run.progress.max_tokens = max_tokens
         warn(f"out of memory in an evaluation: from here on with {max_tokens:,} tokens at once")
     columns[:, mine] = torch.from_numpy(own)
     if run.processes.count > 1:  # not all devices have float64, but those that several processes share do
@@ -131,10 +128,10 @@ def score_together(run: Run, stop: Noted) -> Scores | None:
 
 def answer_together(run: Run, stop: Noted) -> list[tuple[str, bool]] | None:
     """The main process's answers to the sample prompts; None where a signal came to one of the processes."""
-    answers: list[tuple[str, bool]] = []
+    found: list[tuple[str, bool]] = []
     for prompt in run.recipe.train.sample_prompts:
         if run.processes.largest(stop.number):
             return None
         if run.processes.is_main:
-            answers += run.answer([prompt])
-    return answers
+            found += answers(run.built.base, run.text, [prompt], system=run.recipe.data.system)
+    return found

@@ -28,6 +28,7 @@ from orpo_cli.train.distributed import seed_everything
 from orpo_cli.train.evaluation import evaluate, evaluation_steps
 from orpo_cli.train.health import note_bad_step, note_loss
 from orpo_cli.train.optimizer import learning_rate
+from orpo_cli.train.save import save
 from orpo_cli.train.state import Run
 
 # Steps whose batches are made ahead of the one that is computed.
@@ -148,7 +149,8 @@ def checkpoint(run: Run) -> None:
     progress.metrics_length = run.metrics.sync() if run.metrics else 0
     progress.samples_length = run.samples.sync() if run.samples else 0
     progress.loss_scale = run.scaler.state_dict()
-    run.save()
+    if run.processes.is_main:
+        save(run)
     run.processes.wait()
     run.saved = progress.step, progress.evaluated
 
@@ -223,7 +225,7 @@ def gradients_within_memory(run: Run, step: int, data: StepData) -> Tensor:
         smaller = run.logprobs.smaller_budget(max(tried, key=lambda part: run.logprobs.tokens(*part)), data.pairs)
         if smaller is None or run.recipe.train.max_tokens_per_microbatch != "auto":
             raise MemoryError(told or "out of memory in another process")
-        run.use_fewer_tokens(smaller)
+        run.progress.max_tokens = smaller
         run.optimizer.zero_grad()
         torch.cuda.empty_cache()  # does nothing where there is no CUDA
         warn(f"out of memory: computed anew, from here on with {smaller:,} tokens at once")

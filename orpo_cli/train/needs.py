@@ -13,7 +13,6 @@ from orpo_cli.merge import merged_bytes
 from orpo_cli.model.build import Built
 from orpo_cli.model.memory import Needs, Plan, choose_plan
 from orpo_cli.recipe import Recipe
-from orpo_cli.train.optimizer import Optimizer
 from orpo_cli.train.rehearsal import longest_pairs
 from orpo_cli.train.state import Progress
 
@@ -69,15 +68,6 @@ def in_words(changes: dict[str, Any]) -> str:
         "an adapter instead of all weights (without lora: null)" if key == "lora" else f"{key}: {json.dumps(value)}"
         for key, value in changes.items()
     ).replace('"', "")
-
-
-def checkpoint_bytes(recipe: Recipe, built: Built, optimizer: Optimizer) -> int:
-    """What a checkpoint takes at least."""
-    parameters = [p for p in built.model.parameters() if p.requires_grad or recipe.lora is None]
-    state = sum(tensor.nbytes for tensor in optimizer.tensors().values())
-    # Before the first step there are no moments yet: two for each number, of four bytes or of one.
-    moments = sum(p.numel() for p in parameters if p.requires_grad) * (8 if recipe.train.optimizer == "adamw" else 2)
-    return sum(p.nbytes for p in parameters) + max(state, moments)
 
 
 def final_bytes(recipe: Recipe, built: Built) -> int:

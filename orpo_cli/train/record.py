@@ -47,9 +47,9 @@ def describe_data(train_set: PairSet, held_out: PairSet | None, text: TextSide, 
     first_pair(pair_pieces(train_set.first(), text, recipe.loss.nll_tokens))
 
 
-def describe_run(run: Run, built: Built, plan: Plan) -> None:
+def describe_run(run: Run, plan: Plan) -> None:
     """Say what is trained, how, and in how many steps."""
-    recipe, section = run.recipe, run.recipe.train
+    recipe, section, built = run.recipe, run.recipe.train, run.built
     trained = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
     total = built.base.num_parameters()  # a 4-bit weight counts as what it stands for
     how = "full fine-tune" if recipe.lora is None else "LoRA"

@@ -45,7 +45,6 @@ def rehearse(run: Run) -> None:
             longest = sorted(run.held_out, key=run.logprobs.tokens, reverse=True)
             evaluation = replace(run, held_out=[p for p in largest_micro_batches(run, longest) for _ in range(count)])
             score_together(evaluation, Noted())
-            run.max_tokens = evaluation.max_tokens
         del room
 
 

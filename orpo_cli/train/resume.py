@@ -20,8 +20,8 @@ from orpo_cli.recipe import Recipe, load_recipe
 from orpo_cli.run import RunDirectory, read_manifest
 from orpo_cli.terminal import warn
 from orpo_cli.train.checkpoint import check_sound, checkpoint_of, fault, load_checkpoint, newest_sound, read_state
-from orpo_cli.train.optimizer import Optimizer
-from orpo_cli.train.state import Progress
+from orpo_cli.train.evaluation import patience_is_over
+from orpo_cli.train.state import Progress, Run
 
 # What may change between a run and its resumption: it leaves the result as it is, or is meant to prolong the run. Where
 # base and data lie, and by which name a template is called, may too: what counts is what is found there.
@@ -45,30 +45,30 @@ def on_day(recipe: Recipe, day: str | None) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"chat_template_date": day})})
 
 
-def day_begun(run: RunDirectory) -> str | None:
+def day_begun(directory: RunDirectory) -> str | None:
     """The day that the template of a run in this directory has been told; None where it asks for none."""
-    if not run.recipe.is_file():
+    if not directory.recipe.is_file():
         return None
-    day = load_recipe(run.recipe).model.chat_template_date
+    day = load_recipe(directory.recipe).model.chat_template_date
     return None if day == "auto" else day
 
 
-def find_checkpoint(run: RunDirectory, named: Path | None) -> Path | None:
+def find_checkpoint(directory: RunDirectory, named: Path | None) -> Path | None:
     """The checkpoint to go on from: the named one, else the newest sound one, None if there is none."""
     if named is not None:
-        if not named.is_dir() or named.resolve().parent != run.checkpoints.resolve():
-            raise InputError(f"{named} is no checkpoint of this run", f"they lie in {run.checkpoints}")
+        if not named.is_dir() or named.resolve().parent != directory.checkpoints.resolve():
+            raise InputError(f"{named} is no checkpoint of this run", f"they lie in {directory.checkpoints}")
         check_sound(named)
         return named
-    newest, damaged = newest_sound(run.checkpoints)
+    newest, damaged = newest_sound(directory.checkpoints)
     if newest is None and damaged:
         raise InputError(
-            f"no checkpoint of {run.path} is sound:\n" + "\n".join(f"  {line}" for line in damaged),
+            f"no checkpoint of {directory.path} is sound:\n" + "\n".join(f"  {line}" for line in damaged),
             "--overwrite begins anew in this directory, --output-dir in another; or put a copy of one back",
         )
-    if newest is None and (run.adapter.exists() or run.merged.exists()):
+    if newest is None and (directory.adapter.exists() or directory.merged.exists()):
         raise InputError(
-            f"{run.path} holds a trained model and no checkpoint to go on from",
+            f"{directory.path} holds a trained model and no checkpoint to go on from",
             "--overwrite begins anew in this directory, --output-dir in another",
         )
     for line in damaged:
@@ -76,7 +76,7 @@ def find_checkpoint(run: RunDirectory, named: Path | None) -> Path | None:
     return newest
 
 
-def check_best(run: RunDirectory, recipe: Recipe, checkpoint: Path) -> None:
+def check_best(directory: RunDirectory, recipe: Recipe, checkpoint: Path) -> None:
     """Raise InputError where the run may have to end with the weights of a checkpoint that cannot be used any more.
 
     The best one of a checkpoint's time goes when a better one comes: it is missed by who goes back to before that.
@@ -84,7 +84,7 @@ def check_best(run: RunDirectory, recipe: Recipe, checkpoint: Path) -> None:
     best = read_state(checkpoint)["best_step"]
     if best is None or not recipe.train.load_best_model_at_end:
         return
-    needed = checkpoint_of(run.checkpoints, best)
+    needed = checkpoint_of(directory.checkpoints, best)
     if (why := fault(needed)) is not None:
         raise InputError(
             f"the best checkpoint up to {checkpoint.name}, {needed}, cannot be used: {why}",
@@ -94,18 +94,18 @@ def check_best(run: RunDirectory, recipe: Recipe, checkpoint: Path) -> None:
 
 
 def resumptions(
-    run: RunDirectory, recipe: Recipe, checkpoint: Path, record: dict[str, Any], *, allow: bool
+    directory: RunDirectory, recipe: Recipe, checkpoint: Path, record: dict[str, Any], *, allow: bool
 ) -> list[dict[str, Any]]:
     """What the manifest says of each time the run was gone on with, this one included: the step, and what differed.
 
     Raises InputError where something differs that may change the result, unless that is allowed.
     """
     state, lost = read_state(checkpoint), {}
-    for path, length in ((run.metrics, state["metrics_length"]), (run.samples, state["samples_length"])):
+    for path, length in ((directory.metrics, state["metrics_length"]), (directory.samples, state["samples_length"])):
         if (kept := whole_rows(path, length)) < length:
             lost[path.name] = {"before": f"{length:,} bytes", "now": f"{kept:,} of them"}
-    entry = {"step": state["step"], **check_unchanged(run, recipe, record, lost, allow=allow)}
-    return [*read_manifest(run).get("resumed", []), entry]
+    entry = {"step": state["step"], **check_unchanged(directory, recipe, record, lost, allow=allow)}
+    return [*read_manifest(directory).get("resumed", []), entry]
 
 
 def identity(recipe: Recipe, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,24 +148,26 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 
 
 def check_unchanged(
-    run: RunDirectory, recipe: Recipe, manifest: Mapping[str, Any], lost: Mapping[str, Any], *, allow: bool
+    directory: RunDirectory, recipe: Recipe, manifest: Mapping[str, Any], lost: Mapping[str, Any], *, allow: bool
 ) -> dict[str, Any]:
     """What differs from the run that is to be gone on with: `changed`, which may change the result, and `noted`.
 
     `manifest` is what would be written of the run as it is now; `lost` are differences found elsewhere. Raises
     InputError that lists all that is changed, unless it is allowed, and where there is no run.
     """
-    if not run.recipe.is_file():
-        raise InputError(f"{run.path} holds no run to go on with", "give the checkpoint's own run with --output-dir")
-    before = read_manifest(run)
-    own = load_recipe(run.recipe)
+    if not directory.recipe.is_file():
+        raise InputError(
+            f"{directory.path} holds no run to go on with", "give the checkpoint's own run with --output-dir"
+        )
+    before = read_manifest(directory)
+    own = load_recipe(directory.recipe)
     changed = {**differences(identity(own, before), identity(recipe, manifest)), **lost}
     if "lora" in changed:
         changed = {key: change for key, change in changed.items() if not key.startswith("lora.")}
     noted = differences({k: before.get(k) for k in _NOTED}, {k: manifest.get(k) for k in _NOTED})
     if changed and not allow:
         raise InputError(
-            f"{run.path} is not what it was; these differ:\n" + "\n".join(_told(changed)),
+            f"{directory.path} is not what it was; these differ:\n" + "\n".join(_told(changed)),
             "set or install what it was begun with (its recipe.yaml and manifest.json say what), begin a new run with "
             "--output-dir, or go on all the same with --resume --allow-changes",
         )
@@ -186,17 +188,26 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def restore(checkpoint: Path, built: Built, optimizer: Optimizer) -> Progress:
-    """Load weights and optimizer from a checkpoint. Raises InputError if it is damaged or of another model."""
+def restore(run: Run, checkpoint: Path) -> None:
+    """Put the run where a checkpoint left it. Raises InputError if that is damaged or of another model or recipe."""
     weights, optimizer_tensors, state = load_checkpoint(checkpoint)
-    put_weights(weights, built, checkpoint)
+    put_weights(weights, run.built, checkpoint)
     try:
-        optimizer.load_tensors(optimizer_tensors)
+        run.optimizer.load_tensors(optimizer_tensors)
     except (KeyError, RuntimeError, AttributeError) as error:
         raise InputError(
             f"{checkpoint} holds the state of another optimizer", "train.optimizer must be that of the run"
         ) from error
-    return Progress(**{**state, "position": Position(**state["position"])})
+    run.progress = Progress(**{**state, "position": Position(**state["position"])})
+    if run.progress.step > run.total_steps:
+        raise InputError(
+            f"{checkpoint} lies behind the recipe's {run.total_steps:,} steps",
+            "raise train.max_steps or num_train_epochs, or name an earlier one with --resume-from",
+        )
+    if patience_is_over(run.progress, run.recipe):  # it had stopped early
+        run.end_after(run.progress.step)
+    if run.progress.loss_scale:
+        run.scaler.load_state_dict(run.progress.loss_scale)
 
 
 def put_weights(weights: dict[str, torch.Tensor], built: Built, checkpoint: Path) -> None:

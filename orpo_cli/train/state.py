@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +12,10 @@ from orpo_cli.data.order import Position
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.evaluate import Scores
 from orpo_cli.metrics import MetricsFile
+from orpo_cli.model.build import Built, TextSide
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import Recipe
+from orpo_cli.run import RunDirectory
 from orpo_cli.train.diagnosis import Health
 from orpo_cli.train.distributed import Processes
 from orpo_cli.train.optimizer import Optimizer
@@ -40,7 +40,7 @@ class Progress:
     recent_losses: list[float] = field(default_factory=list)
     """The finite ones of the last steps, as far back as health.py looks."""
     max_tokens: int | None = None
-    """Flat tokens of a micro-batch that `auto` came to."""
+    """Flat tokens of a micro-batch: the recipe's, or what `auto` has come to, fewer where memory ran out."""
     checkpointed_layers: int | None = None
     """Layers under gradient checkpointing that `auto` came to."""
     best_step: int | None = None
@@ -52,38 +52,51 @@ class Progress:
 
 @dataclass
 class Run:
-    """All that the loop works with."""
+    """All that a run works with, and how far it has come."""
 
     recipe: Recipe
+    directory: RunDirectory
     processes: Processes
-    logprobs: PairLogprobs
+    text: TextSide
+    built: Built
     optimizer: Optimizer
-    scaler: torch.amp.GradScaler
     train_set: PairSet
-    total_steps: int
-    max_tokens: int
-    progress: Progress
     held_out: list[TokenizedPair]
     """Pairs to evaluate on, in source order; none where the recipe names none."""
-    metrics: MetricsFile | None
+    total_steps: int
+    progress: Progress = field(default_factory=Progress)
+    metrics: MetricsFile | None = None
     """None in all processes but the main one."""
-    samples: MetricsFile | None
-    answer: Callable[[Sequence[str]], list[tuple[str, bool]]]
-    """Greedy answers to prompts, and whether each ended by itself."""
-    without_adapter: Callable[[], AbstractContextManager[None]] | None
-    """Turns the adapter off for a while; None where all weights are trained."""
-    save: Callable[[], None]
-    health: Health
+    samples: MetricsFile | None = None
+    """None as well where there are no sample prompts."""
     saved: tuple[int, int] = (0, -1)
     """`step` and `evaluated` of the newest checkpoint; before there is one, of the start."""
     last_scores: Scores | None = None
     """Those of the evaluation after the last step, once it was made."""
+    scaler: torch.amp.GradScaler = field(init=False)
+    health: Health = field(init=False)
+
+    def __post_init__(self) -> None:
+        is_float16 = self.built.base.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=is_float16)
+        self.health = Health(self.recipe.loss.beta, self.total_steps)
+
+    @property
+    def logprobs(self) -> PairLogprobs:
+        """The model as the loop calls it."""
+        return self.built.logprobs
+
+    @property
+    def max_tokens(self) -> int:
+        """Flat tokens of a micro-batch, once they are settled."""
+        assert self.progress.max_tokens is not None
+        return self.progress.max_tokens
 
     @property
     def epoch(self) -> float:
         """Passes over the data, the current one as the part that is done."""
         return self.train_set.epochs(self.progress.position, self.progress.pairs)
 
-    def use_fewer_tokens(self, tokens: int) -> None:
-        """From here on, and after a resume, let a micro-batch have so many: memory ran out."""
-        self.max_tokens = self.progress.max_tokens = tokens
+    def end_after(self, steps: int) -> None:
+        """Let the run have so many steps."""
+        self.total_steps = self.health.total_steps = steps

@@ -45,6 +45,7 @@ from orpo_cli.train import checkpoint as checkpoint_module
 from orpo_cli.train import finish as finish_module
 from orpo_cli.train import loop
 from orpo_cli.train import run as run_module
+from orpo_cli.train import save as save_module
 from orpo_cli.train.checkpoint import checkpoints, newest_sound
 from orpo_cli.train.run import Start, train
 from tests.conftest import resize
@@ -813,7 +814,7 @@ def test_a_run_that_is_under_way_is_neither_resumed_nor_merged_into(tiny_recipe,
 
 
 def test_what_is_deleted_while_a_run_goes_on_is_written_again(tiny_recipe, tmp_path, monkeypatch):
-    real = run_module.save_checkpoint
+    real = save_module.save_checkpoint
 
     def after_a_deletion(directory, step, **keys):
         for name in ("checkpoints", "adapter"):
@@ -821,7 +822,7 @@ def test_what_is_deleted_while_a_run_goes_on_is_written_again(tiny_recipe, tmp_p
         (tmp_path / "run/metrics.jsonl").unlink()
         return real(directory, step, **keys)
 
-    monkeypatch.setattr(run_module, "save_checkpoint", after_a_deletion)
+    monkeypatch.setattr(save_module, "save_checkpoint", after_a_deletion)
     train(load_recipe(tiny_recipe(train={"max_steps": 6, "save_steps": 2})))
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000006"]
     assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3, 4, 5, 6, 6]
@@ -850,7 +851,7 @@ def test_a_disk_that_fills_up_midway_costs_nothing_but_time(tiny_recipe, tiny_ru
     resize(disk, kib)
     recipe = tiny_recipe(output={"dir": str(disk / "run")})
     with monkeypatch.context() as patch:
-        for module in (run_module, finish_module):
+        for module in (run_module, save_module, finish_module):
             patch.setattr(module, "require_space", lambda *where, **given_up: None)
         with pytest.raises(OSError, match="No space left") as error:
             train(load_recipe(recipe))
