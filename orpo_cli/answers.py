@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from orpo_cli.data.dataset import prompt_key
 from orpo_cli.data.formats import Message, Pair
+from orpo_cli.data.keys import prompt_key
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.diversity import lexical_diversity
 from orpo_cli.errors import ModelError

@@ -33,7 +33,6 @@ from orpo_cli.answers import (
 from orpo_cli.data.batches import flat_batch, nll_positions
 from orpo_cli.data.dataset import DROP_REASONS, PairSet, load_held_out
 from orpo_cli.data.formats import Pair, Row, column_values
-from orpo_cli.data.statistics import response_tokens, wilson
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.errors import DataError, is_out_of_memory
 from orpo_cli.files import to_json, to_json_lines, write_file
@@ -53,6 +52,7 @@ from orpo_cli.statistics import (
     resampled_means,
     sign_flip_test,
     sign_test,
+    wilson,
 )
 from orpo_cli.subject import Subject, find_subject
 
@@ -180,7 +180,7 @@ def per_pair_metrics(scores: Scores, loss: LossSection) -> dict[str, np.ndarray]
 def summarise(scores: Scores, pairs: Sequence[TokenizedPair], loss: LossSection) -> dict[str, Any]:
     """The figures of `eval.json`: means with bootstrap 95 % intervals, perplexities, accuracy by and without length."""
     columns = per_pair_metrics(scores, loss)
-    longer = np.array([int.__sub__(*response_tokens(p)) for p in pairs], dtype=np.float64)
+    longer = np.array([int.__sub__(*p.response_tokens) for p in pairs], dtype=np.float64)
     controlled, *ends = length_controlled_accuracy(columns["accuracy"], longer)
     return {
         "pairs": len(pairs),
@@ -291,7 +291,7 @@ def pair_lines(
 ) -> Iterator[Mapping[str, Any]]:
     """One object a pair for `eval.pairs.jsonl`, in the order of the pairs; `base`: pair_figures of another model."""
     for pair, figures in zip(pairs, pair_figures(scores, pairs).values(), strict=True):
-        chosen_tokens, rejected_tokens = response_tokens(pair)
+        chosen_tokens, rejected_tokens = pair.response_tokens
         yield {
             "index": pair.index,
             **figures,

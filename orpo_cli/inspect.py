@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from orpo_cli.data.batches import nll_positions
-from orpo_cli.data.dataset import PairReader, PairSet, faulty_rows, load_pairs
+from orpo_cli.data.dataset import PairSet, faulty_rows, load_pairs
 from orpo_cli.data.formats import Drop
+from orpo_cli.data.pairs import PairReader
 from orpo_cli.data.statistics import ALIKE, KeyFile, SetStatistics
 from orpo_cli.data.templates import CONTROL_LOOK, control_pattern, special_tokens
 from orpo_cli.data.tokenize import PairTokenizer, TokenizedPair

@@ -61,6 +61,17 @@ def _expanded_tail(count: int) -> float:
     return 0.5 * math.erfc(t * math.sqrt(1 + 1 / degrees) / math.sqrt(2))
 
 
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927, score interval); `trials` > 0."""
+    z = _Z95
+    share = successes / trials
+    middle = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    low, high = (middle - spread) / scale, (middle + spread) / scale
+    return max(0.0, min(low, share)), min(1.0, max(high, share))  # rounding would put an end beyond a share of 0 or 1
+
+
 # ---- is a difference more than chance? ----
 
 

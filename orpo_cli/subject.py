@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from orpo_cli.data.dataset import HELD_OUT_SPLITS, open_sources
+from orpo_cli.data.pairs import HELD_OUT_SPLITS, open_sources
 from orpo_cli.errors import DataError, InputError
 from orpo_cli.recipe import DataSection, Recipe, SourceSpec, load_recipe
 from orpo_cli.run import open_run

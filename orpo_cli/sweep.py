@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from orpo_cli.data.statistics import wilson
 from orpo_cli.errors import InputError, Stopped
 from orpo_cli.files import make_directory, to_json, write_file
 from orpo_cli.metrics import read_metrics
@@ -40,7 +39,7 @@ from orpo_cli.report.trackers import check_trackers
 from orpo_cli.run import LOCK, RunDirectory, held, read_eval, read_manifest
 from orpo_cli.runs import describe, is_running
 from orpo_cli.signals import last_words, passed_on
-from orpo_cli.statistics import interval, resampled_means
+from orpo_cli.statistics import interval, resampled_means, wilson
 from orpo_cli.terminal import say, warn
 
 METRICS = {"accuracy": True, "log_odds_ratio": True, "chosen_perplexity": False}

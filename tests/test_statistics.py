@@ -16,6 +16,7 @@ from orpo_cli.statistics import (
     resampled_means,
     sign_flip_test,
     sign_test,
+    wilson,
 )
 
 # Intervals: how often they hold the truth, over simulated samples
@@ -76,6 +77,14 @@ def test_a_few_pairs_have_wider_intervals_than_percentiles():
     low, high = np.percentile(resampled_means(column), [2.5, 97.5])
     wider = bootstrap(column)
     assert wider[1][0] < low < high < wider[2][0]
+
+
+def test_the_interval_of_a_share_solves_its_equation():
+    # Wilson's ends are the shares p from which the one seen is 1.96 standard errors, sqrt(p (1 - p) / n), away.
+    for successes, trials in ((0, 10), (3, 10), (10, 10), (700, 1000)):
+        for end in wilson(successes, trials):
+            seen = successes / trials
+            assert (seen - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / trials, rel=1e-4, abs=1e-12)
 
 
 # Significance

@@ -8,14 +8,10 @@ pass over a stream has found is one bit a row and a few numbers.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import time
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from itertools import islice
 from typing import Any
 
@@ -24,200 +20,25 @@ import numpy as np
 from orpo_cli.data.bitmap import Bitmap
 from orpo_cli.data.formats import (
     Drop,
-    Format,
     Pair,
-    check_filters,
-    passes,
-    read_pair,
-    recognise,
     show_row,
-    with_system,
 )
-from orpo_cli.data.keys import PromptKeys, SeenKeys
 from orpo_cli.data.order import BLOCK_ROWS, Position, block_order, permutation, quotas, turns
-from orpo_cli.data.rows import BadRow, Row, Rows
-from orpo_cli.data.sources import open_source
-from orpo_cli.data.survey import Survey, keep_survey, kept_survey
+from orpo_cli.data.pairs import CHUNK_ROWS, HELD_OUT_SPLITS, PairReader, Sources, open_sources
+from orpo_cli.data.survey import Survey, Tell, count_rows, count_stream, tell_nobody
 from orpo_cli.data.tokenize import PairTokenizer, TokenizedPair
 from orpo_cli.errors import DataError, RunError
-from orpo_cli.recipe.gather import Faults
 from orpo_cli.recipe.schema import DataSection, Holdout, SourceSpec, TrainSection
 
-# Rows that decide which format a source has.
-_PEEK_ROWS = 64
-# Rows that are tokenised in one call.
-_CHUNK_ROWS = 256
 # Rows of an uncounted stream after which the share of dropped ones is judged, at the latest at the end of a block.
 _JUDGED_ROWS = 1024
-# While rows are counted, how many is told as often as this.
-TELL_SECONDS = 10.0
 DROP_REASONS = ("empty", "identical", "diverged", "overlong", "malformed", "filtered", "duplicate")
 # Dropped on purpose, not for a fault of the data: these do not count towards `data.max_dropped`.
 _WANTED_DROPS = ("filtered", "duplicate")
 
 
-Tell = Callable[[str], None]
 # A row's position and its text; None where its tokens are held.
 Unread = tuple[int, Pair | Drop | None]
-# Of a source of `data.train` that has several splits and names none, the first of these that is there.
-TRAINING_SPLITS = ("train", "train_prefs")
-# Of a source of `data.eval` that has several splits and names none, the first of these that is there.
-HELD_OUT_SPLITS = ("test", "validation", "test_prefs")
-
-
-def tell_nobody(line: str) -> None:
-    """For a pass that nobody watches."""
-
-
-@dataclass
-class Source:
-    """One entry of `data.train` or `data.eval`, opened and recognised."""
-
-    spec: SourceSpec
-    rows: Rows
-    format: Format
-    columns: dict[str, str]
-    start: int = 0
-    """Position of its first row among the rows of all sources."""
-    length: int | None = None
-    """Rows of it that are read; None: all, as long as nothing has counted them."""
-
-
-def open_sources(
-    specs: Sequence[SourceSpec], section: DataSection, usual_splits: tuple[str, ...] = TRAINING_SPLITS
-) -> list[Source]:
-    """Open every source and recognise its format from its first rows. Raises DataError.
-
-    `usual_splits` are those to take, the first that is there, of a source that has several and names none.
-    """
-    sources = []
-    for spec in specs:
-        rows = open_source([spec], section.streaming, usual_splits)
-        columns = {str(ours): theirs for ours, theirs in [*section.columns.items(), *spec.columns.items()]}
-        [first] = rows.heads(_PEEK_ROWS)
-        if not first:
-            raise DataError(f"{spec.path} has no readable row", "see data.train and data.eval")
-        check_filters(first, [*section.filter, *spec.filter])
-        sources.append(Source(spec, rows, recognise(first, columns, section.format), columns))
-    return sources
-
-
-@dataclass
-class Sources:
-    """A recipe's sources: those of `data.train` and of `data.eval`, none where pairs of the former are held out."""
-
-    train: list[Source]
-    eval: list[Source]
-
-
-def open_data(section: DataSection, faults: Faults) -> Sources:
-    """Open every source of a recipe; those that cannot be opened are noted, and left out."""
-
-    def opened(name: str, specs: Sequence[SourceSpec], usual_splits: tuple[str, ...]) -> list[Source]:
-        sources = []
-        for number, spec in enumerate(specs):
-            with faults.at(f"data.{name}.{number}.path"):
-                sources += open_sources([spec], section, usual_splits)
-        return sources
-
-    held_out = section.eval if isinstance(section.eval, list) else []
-    return Sources(opened("train", section.train, TRAINING_SPLITS), opened("eval", held_out, HELD_OUT_SPLITS))
-
-
-class PairReader:
-    """Reads the rows of some sources, one behind the other, as tokenised pairs."""
-
-    def __init__(
-        self,
-        sources: list[Source],
-        section: DataSection,
-        tokenise: PairTokenizer,
-        known: Mapping[int, TokenizedPair] | None = None,
-    ) -> None:
-        """`known` are pairs, by position, that need not be tokenised again."""
-        self.sources = sources
-        self.section = section
-        self.tokenise = tokenise
-        self.known = known or {}
-
-    @property
-    def streamed(self) -> bool:
-        """Whether any source is read anew for every block."""
-        return any(source.rows.streamed for source in self.sources)
-
-    def read(
-        self, start: int = 0, only: Bitmap | None = None
-    ) -> Iterator[tuple[int, Pair | None, TokenizedPair | Drop]]:
-        """From row `start` on: each row's position, its pair as text, and its tokens or why it is dropped.
-
-        As `texts` and `tokens`.
-        """
-        rows = self.texts(start, only)
-        while chunk := list(islice(rows, _CHUNK_ROWS)):
-            yield from self.tokens(chunk)
-
-    def texts(self, start: int = 0, only: Bitmap | None = None) -> Iterator[tuple[int, Pair | Drop]]:
-        """From row `start` on: each row's position, and its pair or why it is dropped.
-
-        `only`: rows to read of sources that have been counted; the others are passed over without being parsed.
-        """
-        for source in self.sources:
-            first = max(source.start, start)
-            count = None if source.length is None else max(0, source.start + source.length - first)
-            if only is not None:
-                assert count is not None
-                count = only.count(first, first + count)
-            for index, row in islice(_numbered(source, first, only), count):
-                yield index, self._pair(source, row)
-
-    def tokens(
-        self, rows: Sequence[tuple[int, Pair | Drop]]
-    ) -> Iterator[tuple[int, Pair | None, TokenizedPair | Drop]]:
-        """Each row's position, its pair as text, and its tokens or why it is dropped.
-
-        Raises DataError at the first malformed row under `data.strict`.
-        """
-        unknown = [(i, pair) for i, pair in rows if isinstance(pair, Pair) and i not in self.known]
-        tokenised = iter(self.tokenise.batch(unknown))
-        for index, pair in rows:
-            result = pair if isinstance(pair, Drop) else self.known.get(index) or next(tokenised)
-            if isinstance(result, Drop) and result.reason == "malformed" and self.section.strict:
-                raise DataError(f"{self.where(index)}: {result.detail}", "correct the row, or set data.strict: false")
-            yield index, pair if isinstance(pair, Pair) else None, result
-
-    def rows_at(self, positions: Collection[int]) -> Iterator[tuple[int, Mapping[str, Any], Pair]]:
-        """The usable ones of some rows of counted sources, in source order: position, the row as it is, its pair."""
-        for source in self.sources:
-            assert source.length is not None
-            own = {index for index in positions if source.start <= index < source.start + source.length}
-            for index, row in islice(_numbered(source, source.start, own), len(own)):
-                pair = self._pair(source, row)
-                if isinstance(pair, Pair) and not isinstance(row, BadRow):
-                    yield index, row, pair
-
-    def where(self, index: int) -> str:
-        """File and row of a position, for messages."""
-        source = [source for source in self.sources if source.start <= index][-1]
-        return source.rows.where(index - source.start)
-
-    def _pair(self, source: Source, row: Any) -> Pair | Drop:
-        if isinstance(row, BadRow):
-            return Drop("malformed", row.detail)
-        try:
-            if not passes(row, [*self.section.filter, *source.spec.filter]):
-                return Drop("filtered", "it does not meet the filter")
-            pair = read_pair(row, source.format, source.columns)
-        except Drop as drop:
-            return drop
-        return with_system(pair, self.section.system) if self.section.system else pair
-
-
-def _numbered(source: Source, first: int, only: Container[int] | Bitmap | None) -> Iterator[tuple[int, Row]]:
-    """A source's rows from position `first` on, each with its position; of `only`, those that are in it."""
-    if only is None:
-        return enumerate(source.rows.rows(first - source.start), first)
-    rows = source.rows.numbered(first - source.start, lambda row: source.start + row in only)
-    return ((source.start + row, content) for row, content in rows)
 
 
 @dataclass
@@ -343,7 +164,7 @@ class PairSet:
             yield from (self.held.get(index) for index, _ in rows)
             return
         done = 0
-        while chunk := [(index, text) for index, text in islice(rows, _CHUNK_ROWS) if text is not None]:
+        while chunk := [(index, text) for index, text in islice(rows, CHUNK_ROWS) if text is not None]:
             results = [(index, result) for index, _, result in self.reader.tokens(chunk)]
             done += len(chunk)
             if uncounted:
@@ -538,7 +359,7 @@ def survey(
     """
     held: dict[int, TokenizedPair] | None = {} if keep or (keep is None and not reader.streamed) else None
     if held is None:
-        found = _count_stream(reader, section, holdout, tell)
+        found = count_stream(reader, section, holdout, tell)
     else:
         found = count_rows(reader, section, holdout, held, tell)
     pairs = PairSet(
@@ -555,93 +376,10 @@ def survey(
     return (pairs, None) if holdout is None else _hold_out(pairs, found, holdout)
 
 
-def _count_stream(reader: PairReader, section: DataSection, holdout: Holdout | None, tell: Tell) -> Survey:
-    """The pass over a stream, or what it found in an earlier run on the same data."""
-    fingerprint = _survey_fingerprint(reader, section, holdout)
-    found = kept_survey(fingerprint, [len(source.rows.counts) for source in reader.sources])
-    if found is None:
-        tell("counting the pairs of a stream; later runs on the same data need not")
-        found = count_rows(reader, section, holdout, None, tell)
-        keep_survey(found, fingerprint)
-        return found
-    start = 0
-    for source, length, counts in zip(reader.sources, found.lengths, found.counts, strict=True):
-        source.start, source.length, source.rows.counts = start, length, counts
-        start += length
-    return found
-
-
-def _survey_fingerprint(reader: PairReader, section: DataSection, holdout: Holdout | None) -> str:
-    """Stands for all that a survey depends on."""
-    counted = ("columns", "filter", "format", "system", "deduplicate", "strict")
-    parts = {
-        "versions": {name: version(name) for name in ("orpo-cli", "transformers", "tokenizers")},
-        "sources": [
-            [source.spec.model_dump(mode="json", exclude={"weight"}), source.rows.fingerprint, source.format.name]
-            for source in reader.sources
-        ],
-        "data": section.model_dump(mode="json", include=set(counted)),
-        "holdout": holdout and holdout.holdout,
-        "tokens": reader.tokenise.fingerprint,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def count_rows(
-    reader: PairReader,
-    section: DataSection,
-    holdout: Holdout | None,
-    held: dict[int, TokenizedPair] | None,
-    tell: Tell = tell_nobody,
-) -> Survey:
-    """The pass itself. Places the sources one behind the other, and puts the pairs into `held` if that is given."""
-    found, seen, prompts = Survey(), SeenKeys(), PromptKeys()
-    told = time.monotonic()
-    for source in reader.sources:
-        source.start, source.length, of_source = found.rows, None, 0
-        for index, pair, result in PairReader([source], section, reader.tokenise).read(found.rows):
-            found.rows = index + 1
-            if found.rows % _CHUNK_ROWS == 0 and time.monotonic() > told + TELL_SECONDS:
-                told = time.monotonic()
-                tell(f"  {found.rows:,} rows read, {len(found.usable):,} pairs")
-            if isinstance(result, TokenizedPair) and section.deduplicate and not seen.add(_digest(result)):
-                result = Drop("duplicate", "the same pair occurred before")
-            if isinstance(result, Drop):
-                found.dropped[result.reason] += 1
-                found.examples.setdefault(result.reason, f"{reader.where(index)}: {result.detail}")
-                continue
-            of_source += 1
-            found.usable.add(index)
-            found.truncated += result.truncated
-            if held is not None:
-                held[index] = result
-            if holdout is not None and pair is not None:
-                prompts.add(prompt_key(pair), index)
-            if of_source == source.spec.max_pairs:
-                break
-        source.length = found.rows - source.start
-        found.lengths.append(source.length)
-        found.counts.append(source.rows.counts)
-    if holdout is not None:
-        found.prompts = len(prompts)
-        found.held_out = prompts.first(_wanted_pairs(holdout, len(found.usable)))
-    return found
-
-
 def faulty_rows(dropped: Mapping[str, int], rows: int) -> tuple[int, int]:
     """How many rows were dropped for a fault, and of how many: without those that were dropped on purpose."""
     wanted = sum(dropped.get(reason, 0) for reason in _WANTED_DROPS)
     return sum(dropped.values()) - wanted, rows - wanted
-
-
-def _digest(pair: TokenizedPair) -> bytes:
-    return hashlib.sha256(pair.chosen_ids.tobytes() + b"|" + pair.rejected_ids.tobytes()).digest()[:16]
-
-
-def prompt_key(pair: Pair) -> bytes:
-    """A digest of a pair's prompt, its system turn included."""
-    prompt = pair.prompt if isinstance(pair.prompt, str) else [[m.role, m.content] for m in pair.prompt]
-    return hashlib.sha256(json.dumps([pair.system, prompt]).encode()).digest()
 
 
 def _quotas(pairs: PairSet) -> list[int]:
@@ -658,11 +396,6 @@ def _quotas(pairs: PairSet) -> list[int]:
                 "remove the source" if not size else "raise its weight, or remove the source",
             )
     return numbers
-
-
-def _wanted_pairs(holdout: Holdout, pairs: int) -> int:
-    wanted = holdout.holdout
-    return wanted if isinstance(wanted, int) else max(1, round(wanted * pairs))
 
 
 def _hold_out(pairs: PairSet, found: Survey, holdout: Holdout) -> tuple[PairSet, PairSet]:

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sqlite3
 
 from orpo_cli.data.bitmap import Bitmap
+from orpo_cli.data.formats import Pair
+from orpo_cli.data.tokenize import TokenizedPair
+
+
+def pair_key(pair: TokenizedPair) -> bytes:
+    """A digest of a pair's tokens, the same for equal pairs."""
+    return hashlib.sha256(pair.chosen_ids.tobytes() + b"|" + pair.rejected_ids.tobytes()).digest()[:16]
+
+
+def prompt_key(pair: Pair) -> bytes:
+    """A digest of a pair's prompt, its system turn included."""
+    prompt = pair.prompt if isinstance(pair.prompt, str) else [[m.role, m.content] for m in pair.prompt]
+    return hashlib.sha256(json.dumps([pair.system, prompt]).encode()).digest()
 
 
 def temporary_database() -> sqlite3.Connection:

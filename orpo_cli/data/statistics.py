@@ -7,7 +7,6 @@ tells equal pairs apart, three hashes of 64 bits, goes to a temporary file, some
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -15,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from orpo_cli.data.dataset import prompt_key
 from orpo_cli.data.formats import Drop, Pair, already_templated
-from orpo_cli.data.keys import temporary_database
+from orpo_cli.data.keys import prompt_key, temporary_database
 from orpo_cli.data.tokenize import TokenizedPair
+from orpo_cli.statistics import wilson
 
 PERCENTILES = (50, 90, 95, 99)
 ALIKE = 0.9
@@ -77,7 +76,7 @@ class SetStatistics:
 
     def measure(self, whole: TokenizedPair, outcomes: Mapping[str, TokenizedPair | Drop]) -> None:
         """Count the lengths of a pair before any is cut, and what each length policy makes of it."""
-        chosen, rejected = response_tokens(whole)
+        chosen, rejected = whole.response_tokens
         self._tokens["prompt"][whole.chosen_start] += 1
         self._tokens["chosen"][chosen] += 1
         self._tokens["rejected"][rejected] += 1
@@ -91,7 +90,7 @@ class SetStatistics:
         self.rows += 1
         self.pairs += 1
         self.truncated += used.truncated
-        chosen, rejected = response_tokens(whole)
+        chosen, rejected = whole.response_tokens
         self._longer["chosen" if chosen > rejected else "rejected" if chosen < rejected else "equal"] += 1
         self._keys.add(self._held_out, position, pair)
 
@@ -247,11 +246,6 @@ class KeyFile:
             self._rows.clear()
 
 
-def response_tokens(pair: TokenizedPair) -> tuple[int, int]:
-    """Tokens of the chosen and of the rejected response, the end of turn counted."""
-    return len(pair.chosen_ids) - pair.chosen_start, len(pair.rejected_ids) - pair.rejected_start
-
-
 def percentiles(counts: Counter[int]) -> dict[str, float | int | None]:
     """Mean, percentiles and maximum of values with their counts.
 
@@ -268,17 +262,6 @@ def percentiles(counts: Counter[int]) -> dict[str, float | int | None]:
         **{name: int(values[np.searchsorted(reached, rank)]) for name, rank in ranks.items()},
         "max": int(values[-1]),
     }
-
-
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927, score interval); `trials` > 0."""
-    z = 1.959963984540054
-    share = successes / trials
-    middle = share + z * z / (2 * trials)
-    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    low, high = (middle - spread) / scale, (middle + spread) / scale
-    return max(0.0, min(low, share)), min(1.0, max(high, share))  # rounding would put an end beyond a share of 0 or 1
 
 
 def similarity(first: np.ndarray, second: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""What one pass over a recipe's rows has found, and where that of a stream is kept for the next run.
+"""One pass over a recipe's rows: what it finds, and where that of a stream is kept for the next run.
 
     $XDG_CACHE_HOME/orpo/counts/FINGERPRINT.json      (~/.cache/orpo/counts where that is not set)
 
@@ -8,17 +8,34 @@ template and the versions. A file that holds another, or cannot be read, is as g
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import time
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from orpo_cli.data.bitmap import Bitmap
+from orpo_cli.data.formats import Drop
+from orpo_cli.data.keys import PromptKeys, SeenKeys, pair_key, prompt_key
+from orpo_cli.data.pairs import CHUNK_ROWS, PairReader
+from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.files import make_directory, to_json, write_file
+from orpo_cli.recipe.schema import DataSection, Holdout
+
+# While rows are counted, how many is told as often as this.
+TELL_SECONDS = 10.0
+
+Tell = Callable[[str], None]
+
+
+def tell_nobody(line: str) -> None:
+    """For a pass that nobody watches."""
 
 
 @dataclass
@@ -39,6 +56,86 @@ class Survey:
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
+
+def count_stream(reader: PairReader, section: DataSection, holdout: Holdout | None, tell: Tell) -> Survey:
+    """The pass over a stream, or what it found in an earlier run on the same data."""
+    fingerprint = _survey_fingerprint(reader, section, holdout)
+    found = kept_survey(fingerprint, [len(source.rows.counts) for source in reader.sources])
+    if found is None:
+        tell("counting the pairs of a stream; later runs on the same data need not")
+        found = count_rows(reader, section, holdout, None, tell)
+        keep_survey(found, fingerprint)
+        return found
+    start = 0
+    for source, length, counts in zip(reader.sources, found.lengths, found.counts, strict=True):
+        source.start, source.length, source.rows.counts = start, length, counts
+        start += length
+    return found
+
+
+def _survey_fingerprint(reader: PairReader, section: DataSection, holdout: Holdout | None) -> str:
+    """Stands for all that a survey depends on."""
+    counted = ("columns", "filter", "format", "system", "deduplicate", "strict")
+    parts = {
+        "versions": {name: version(name) for name in ("orpo-cli", "transformers", "tokenizers")},
+        "sources": [
+            [source.spec.model_dump(mode="json", exclude={"weight"}), source.rows.fingerprint, source.format.name]
+            for source in reader.sources
+        ],
+        "data": section.model_dump(mode="json", include=set(counted)),
+        "holdout": holdout and holdout.holdout,
+        "tokens": reader.tokenise.fingerprint,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def count_rows(
+    reader: PairReader,
+    section: DataSection,
+    holdout: Holdout | None,
+    held: dict[int, TokenizedPair] | None,
+    tell: Tell = tell_nobody,
+) -> Survey:
+    """The pass itself. Places the sources one behind the other, and puts the pairs into `held` if that is given."""
+    found, seen, prompts = Survey(), SeenKeys(), PromptKeys()
+    told = time.monotonic()
+    for source in reader.sources:
+        source.start, source.length, of_source = found.rows, None, 0
+        for index, pair, result in PairReader([source], section, reader.tokenise).read(found.rows):
+            found.rows = index + 1
+            if found.rows % CHUNK_ROWS == 0 and time.monotonic() > told + TELL_SECONDS:
+                told = time.monotonic()
+                tell(f"  {found.rows:,} rows read, {len(found.usable):,} pairs")
+            if isinstance(result, TokenizedPair) and section.deduplicate and not seen.add(pair_key(result)):
+                result = Drop("duplicate", "the same pair occurred before")
+            if isinstance(result, Drop):
+                found.dropped[result.reason] += 1
+                found.examples.setdefault(result.reason, f"{reader.where(index)}: {result.detail}")
+                continue
+            of_source += 1
+            found.usable.add(index)
+            found.truncated += result.truncated
+            if held is not None:
+                held[index] = result
+            if holdout is not None and pair is not None:
+                prompts.add(prompt_key(pair), index)
+            if of_source == source.spec.max_pairs:
+                break
+        source.length = found.rows - source.start
+        found.lengths.append(source.length)
+        found.counts.append(source.rows.counts)
+    if holdout is not None:
+        found.prompts = len(prompts)
+        found.held_out = prompts.first(_wanted_pairs(holdout, len(found.usable)))
+    return found
+
+
+def _wanted_pairs(holdout: Holdout, pairs: int) -> int:
+    wanted = holdout.holdout
+    return wanted if isinstance(wanted, int) else max(1, round(wanted * pairs))
+
+
+# What is kept for the next run
 
 _BITMAPS = ("usable", "held_out")
 

@@ -54,6 +54,11 @@ class TokenizedPair:
     assistant_mask: np.ndarray | None
     truncated: bool = False
 
+    @property
+    def response_tokens(self) -> tuple[int, int]:
+        """Tokens of the chosen and of the rejected response, the end of turn counted."""
+        return len(self.chosen_ids) - self.chosen_start, len(self.rejected_ids) - self.rejected_start
+
 
 class PairTokenizer:
     """Tokenises pairs by one template and one length policy.

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from orpo_cli.data.dataset import Sources, open_data
+from orpo_cli.data.pairs import Sources, open_data
 from orpo_cli.data.templates import ChatTemplate, adds_bos, fit_tokenizer, resolve_template, template_file
 from orpo_cli.data.tokenize import PairTokenizer
 from orpo_cli.errors import ModelError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from orpo_cli.data.dataset import PairSet, Tell, load_pairs, tell_nobody
+from orpo_cli.data.dataset import PairSet, load_pairs
+from orpo_cli.data.survey import Tell, tell_nobody
 from orpo_cli.generate import check_sample_prompts
 from orpo_cli.model.build import TextSide, check_max_length, open_text_and_data, pair_tokenizer
 from orpo_cli.model.load import load_config

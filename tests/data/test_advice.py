@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from orpo_cli.data.dataset import PairReader, open_sources
 from orpo_cli.data.formats import Pair, recognise
+from orpo_cli.data.pairs import PairReader, open_sources
 from orpo_cli.errors import DataError
 from orpo_cli.recipe import DataSection
 

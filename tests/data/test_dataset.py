@@ -16,7 +16,8 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-import orpo_cli.data.dataset as dataset
+from orpo_cli.data import dataset, survey
+from orpo_cli.data import pairs as reading
 from orpo_cli.data.dataset import PairSet, load_held_out, load_pairs
 from orpo_cli.data.order import Position, permutation, quotas
 from orpo_cli.data.tokenize import PairTokenizer
@@ -404,9 +405,9 @@ def test_a_stream_is_counted_once_for_all_runs(tokenise, make_tokenizer, tmp_pat
     first = described(load(tokenise, train, **KEPT))
     [file] = kept.iterdir()
     whole = file.read_text()
-    count_rows = dataset.count_rows
+    count_rows = survey.count_rows
     counts = []
-    monkeypatch.setattr(dataset, "count_rows", lambda *args: counts.append(1) or count_rows(*args))
+    monkeypatch.setattr(survey, "count_rows", lambda *args: counts.append(1) or count_rows(*args))
     assert described(load(tokenise, train, **KEPT)) == first
     assert not counts
     # A weight, the limit of dropped rows and the order change nothing that is counted.
@@ -440,7 +441,7 @@ def test_counts_that_cannot_be_kept_cost_no_more_than_time(tokenise, mixed_file,
 
 
 def test_a_long_pass_tells_how_far_it_is(tokenise, tmp_path, kept, monkeypatch):
-    monkeypatch.setattr(dataset, "TELL_SECONDS", -1.0)
+    monkeypatch.setattr(survey, "TELL_SECONDS", -1.0)
     path = write(tmp_path / "long.jsonl", map(good, range(600)))
     section = DataSection.model_validate({"train": path, "streaming": True})
     told: list[str] = []
@@ -475,9 +476,9 @@ def test_a_resumed_stream_reads_no_more_than_it_needs(tokenise, tmp_path, kept, 
         PairTokenizer, "batch", lambda self, rows: made.extend(index for index, _ in rows) or batch(self, rows)
     )
     parsed: list[int] = []
-    pair_of = dataset.PairReader._pair
+    pair_of = reading.PairReader._pair
     monkeypatch.setattr(
-        dataset.PairReader, "_pair", lambda self, source, row: parsed.append(1) or pair_of(self, source, row)
+        reading.PairReader, "_pair", lambda self, source, row: parsed.append(1) or pair_of(self, source, row)
     )
     resumed, again = load(tokenise, str(path), **KEPT)
     assert made == judged == [pair.index for pair in again.in_source_order()]

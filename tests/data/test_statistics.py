@@ -20,7 +20,6 @@ from orpo_cli.data.statistics import (
     percentiles,
     repeats_prompt,
     similarity,
-    wilson,
 )
 
 
@@ -35,14 +34,6 @@ def test_percentiles_are_the_least_values_that_so_many_do_not_exceed():
         assert found["max"] == max(values)
         assert found["mean"] == pytest.approx(sum(values) / count)
     assert percentiles(Counter()) == {"mean": None, "p50": None, "p90": None, "p95": None, "p99": None, "max": None}
-
-
-def test_the_interval_of_a_share_solves_its_equation():
-    # Wilson's ends are the shares p from which the one seen is 1.96 standard errors, sqrt(p (1 - p) / n), away.
-    for successes, trials in ((0, 10), (3, 10), (10, 10), (700, 1000)):
-        for end in wilson(successes, trials):
-            seen = successes / trials
-            assert (seen - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / trials, rel=1e-4, abs=1e-12)
 
 
 def naive_similarity(first: list[int], second: list[int]) -> float:
