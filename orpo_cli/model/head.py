@@ -10,6 +10,7 @@ Shapes: M predictions, E hidden size, V vocabulary, C rows and N words of a tile
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 CPU_TILE, GPU_TILE = (512, 4096), (1024, 16384)
 # Rows at a time of a head that is only known as a module; all their logits are alive at once.
 CHUNK_ROWS = 256
+_LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ class _TrainedHead(torch.autograd.Function):
             for chunk in tiling.chunks:
                 z, slope = tiling.logits(hidden[chunk], tile)
                 column, inside = tile.find(targets[chunk, None])
-                z.sub_(log_total[chunk]).exp_().neg_()
+                _exp_(z.sub_(log_total[chunk])).neg_()
                 z.scatter_(1, column, torch.where(inside, of_target[chunk], z.gather(1, column)))
                 if slope is not None:
                     z.mul_(slope)
@@ -295,6 +297,11 @@ def _running(hidden: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor, Tens
     return zeros[0], zeros[1], zeros[2], others
 
 
+def _exp_(z: Tensor) -> Tensor:
+    """exp(z) in place. On a CPU by exp2, which takes a third of the time where MKL, as on AMD's, is slow at exp."""
+    return z.mul_(_LOG2_E).exp2_() if z.device.type == "cpu" else z.exp_()
+
+
 def _note(z: Tensor, column: Tensor, inside: Tensor, highest: Tensor, total: Tensor, wanted: Tensor) -> Tensor:
     """Take a tile's logits z (C, N) into the running figures (C, 1), in place; z becomes exp(z - highest).
 
@@ -303,7 +310,7 @@ def _note(z: Tensor, column: Tensor, inside: Tensor, highest: Tensor, total: Ten
     wanted.copy_(torch.where(inside, z.gather(1, column), wanted))
     higher = torch.maximum(highest, z.amax(1, keepdim=True))
     shrink = (highest - higher).exp_()
-    z.sub_(higher).exp_()
+    _exp_(z.sub_(higher))
     total.mul_(shrink).add_(z.sum(1, keepdim=True))
     highest.copy_(higher)
     return shrink
