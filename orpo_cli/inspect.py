@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from orpo_cli.data.batches import nll_positions
 from orpo_cli.data.dataset import PairSet, faulty_rows, load_pairs
@@ -104,18 +106,41 @@ def pair_object(pair: TokenizedPair) -> dict[str, Any]:
 
 def pair_pieces(pair: TokenizedPair, text: TextSide, nll_tokens: str) -> dict[str, list[tuple[str, bool, bool]]]:
     """Each side's tokens as (text, in the NLL, in the odds ratio)."""
-
-    def pieces(ids: list[int]) -> list[str]:
-        # What a token adds to the one before it: decoded alone, many a token would lose its leading blank.
-        decode = text.tokenizer.decode
-        return [decode(ids[max(0, i - 1) : i + 1]).removeprefix(decode(ids[i - 1 : i])) for i in range(len(ids))]
-
     in_nll = set(nll_positions(pair, nll_tokens).tolist())
     sides = {"chosen": (pair.chosen_ids, pair.chosen_start), "rejected": (pair.rejected_ids, pair.rejected_start)}
     return {
-        side: [(piece, side == "chosen" and i in in_nll, i >= start) for i, piece in enumerate(pieces(ids.tolist()))]
+        side: [
+            (piece, side == "chosen" and i in in_nll, i >= start)
+            for i, piece in enumerate(token_texts(text.tokenizer, ids.tolist()))
+        ]
         for side, (ids, start) in sides.items()
     }
+
+
+# How GPT-2 and its like write the bytes of a token: printable ones as that character, the others as those from 256 on.
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTES = {chr(byte): byte for byte in _PRINTABLE}
+_BYTES |= {chr(256 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)}
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text of each token; bytes of a character that several tokens share are written `<0xE2>`."""
+    decode = tokenizer.decode
+    texts = []
+    for i, token in enumerate(tokenizer.convert_ids_to_tokens(ids)):
+        if "\ufffd" in decode(ids[i : i + 1]):
+            texts.append(_bytes_shown(token))
+        else:  # what it adds to the one before it: decoded alone, many a token would lose its leading blank
+            texts.append(decode(ids[max(0, i - 1) : i + 1]).removeprefix(decode(ids[i - 1 : i])))
+    return texts
+
+
+def _bytes_shown(token: str) -> str:
+    """The text of a token of bytes, those that are no whole character as hexadecimal numbers; another one's name."""
+    if not all(character in _BYTES for character in token) or re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        return token
+    text = bytes(map(_BYTES.__getitem__, token)).decode("utf-8", "surrogateescape")
+    return re.sub("[\udc80-\udcff]", lambda match: f"<0x{ord(match[0]) - 0xDC00:02X}>", text)
 
 
 # Statistics

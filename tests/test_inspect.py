@@ -356,3 +356,26 @@ def test_ids_are_those_of_the_whole_text_parted_at_its_prompt(recipe_of, tmp_pat
             before = given["prompt_ids"] if side == "chosen" else given.get("rejected_prompt_ids", given["prompt_ids"])
             assert [*before, *given[f"{side}_ids"]] == [*encoded["input_ids"], stock.eos_token_id]
         assert list(given)[:4] == ["index", "prompt_ids", "chosen_ids", "rejected_ids"]
+
+
+ODD_TEXT = "naïve ✓ 世界 \U0001f469\u200d\U0001f52c é\ufffd<0x41> a\n\tb"
+
+
+@pytest.mark.parametrize("tokenizer", ["tiny", "gpt2", "pythia", "phi-3-mini"])
+def test_the_texts_of_tokens_are_those_of_the_data_byte_by_byte(tiny_base, tokenizer):
+    loaded = AutoTokenizer.from_pretrained(tiny_base if tokenizer == "tiny" else shared(f"tokenizers/{tokenizer}"))
+    ids = loaded(f"x {ODD_TEXT}", add_special_tokens=False)["input_ids"]
+    texts = inspect.token_texts(loaded, ids)
+    assert len(texts) == len(ids)
+    if tokenizer == "tiny":  # a token a byte
+        assert texts[: len("x na")] == ["x", " ", "n", "a"]
+        assert texts[4:7] == ["<0xC3>", "<0xAF>", "v"]
+    again = re.sub(rb"<0x([0-9A-F]{2})>", lambda match: bytes.fromhex(match[1].decode()), "".join(texts).encode())
+    assert again.decode().lstrip() == f"x {ODD_TEXT}".replace("<0x41>", "A")
+
+
+def test_a_pair_is_shown_without_a_character_that_it_has_not(tiny_recipe, tmp_path, orpo):
+    path = write(tmp_path / "train.jsonl", [row(0, chosen="Ça va ✓")])
+    _, out, _ = orpo("data", tiny_recipe(data={"train": path, "eval": None}))
+    assert "<0xC3><0x87>a va <0xE2><0x9C><0x93>" in out
+    assert "\ufffd" not in out
