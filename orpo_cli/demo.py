@@ -172,8 +172,10 @@ def make_base(directory: Path, seed: int, count: int = DOCUMENTS) -> None:
     The same seed gives the same bytes on the same machine, whatever the number of threads.
     """
     import torch
+    import transformers
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    transformers.logging.disable_progress_bar()  # it would count the one file that is written
     texts = list(documents(count, seed))
     tokenizer = train_tokenizer(texts[:5000])
     config = LlamaConfig(

@@ -21,6 +21,7 @@ from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.model.memory import GIB, Needs, Plan, checkpoint_layers, device_memory, process_memory
 from orpo_cli.model.outline import outline, packed
 from orpo_cli.recipe import Recipe
+from orpo_cli.recipe.checks import overruled
 from orpo_cli.run import RunDirectory
 from orpo_cli.signals import Noted
 from orpo_cli.terminal import size_of_set
@@ -298,6 +299,7 @@ def lines(recipe: Recipe, figures: dict[str, Any]) -> Iterator[str]:
             yield f"{said} data: {size}{dropped}{longest}"
     tokens = f", about {figures['tokens']:,} tokens" if figures["tokens"] else ""
     yield f"steps: {figures['steps']:,} of {recipe.train.batch_size} pairs{tokens}"
+    yield from overruled(recipe)
     yield (
         f"micro-batches: {figures['max_tokens_per_microbatch']:,} tokens, "
         f"{figures['checkpointed_layers']} of {figures['layers']} layers checkpointed"

@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+import transformers
 
 from orpo_cli import demo
 from orpo_cli.errors import InputError
@@ -18,6 +19,12 @@ def base(tmp_path_factory):
     directory = tmp_path_factory.mktemp("demo") / "base"
     demo.make_base(directory, seed=3, count=800)
     return directory
+
+
+def test_writing_the_base_shows_no_bar_of_another_library(tmp_path, capsys):
+    transformers.logging.enable_progress_bar()
+    demo.make_base(tmp_path / "base", seed=3, count=100)
+    assert "shards" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,18 @@ def test_the_text_is_the_resolved_recipe_and_the_plan_as_comments(tiny_recipe, o
         assert any(line.startswith(f"# {head}: ") for line in comments), head
 
 
+def test_of_two_keys_of_which_one_wins_that_is_said(tiny_recipe, orpo):
+    train = {"max_steps": 3, "num_train_epochs": 2, "warmup_steps": 1, "warmup_ratio": 0.2}
+    recipe = tiny_recipe(train=train)
+    assert checked(orpo, recipe)["steps"] == 3
+    for verb, place in (("check", 1), ("train", 2)):
+        told = orpo(verb, recipe)[place]
+        assert "train.max_steps: 3 wins over train.num_train_epochs: 2, which has no effect\n" in told
+        assert "train.warmup_steps: 1 wins over train.warmup_ratio: 0.2, which has no effect\n" in told
+    assert "wins" not in orpo("check", recipe, "--set", "train.max_steps=null", "--set", "train.warmup_steps=null")[1]
+    assert "wins" not in orpo("check", tiny_recipe())[1]
+
+
 def test_check_data_and_train_count_alike(tiny_recipe, tmp_path, orpo):
     rows = [{"prompt": f"Q{i}", "chosen": "a" * (i + 1), "rejected": "b"} for i in range(20)]
     rows += [{"prompt": "Q", "chosen": "", "rejected": "b"}, {"prompt": "Q", "chosen": "a" * 500, "rejected": "b"}]

@@ -101,6 +101,19 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(item, f"{key}{name}.")
 
 
+# Keys of `train` that win over others if both are written.
+_WINS = (("max_steps", "num_train_epochs"), ("warmup_steps", "warmup_ratio"))
+
+
+def overruled(recipe: Recipe) -> Iterator[str]:
+    """What to know of keys that are written and have no effect, since another one wins over them."""
+    train = recipe.train
+    for winner, other in _WINS:
+        value = getattr(train, winner)
+        if value is not None and {winner, other} <= train.model_fields_set:
+            yield f"train.{winner}: {value} wins over train.{other}: {getattr(train, other):g}, which has no effect"
+
+
 def impossible(recipe: Recipe) -> Iterator[Fault]:
     """Faults for keys that cannot stand together."""
     yield from _impossible_model(recipe)

@@ -166,7 +166,9 @@ def health(run: Record) -> str:
     """What was found, with numbers and advice."""
     diagnosis = run.health
     if not diagnosis.found:
-        return f'<p class="well">{escape(diagnosis.nothing_found.capitalize())}.</p>'
+        return (
+            f'<p class="{"well" if diagnosis.judged else "note"}">{escape(diagnosis.nothing_found.capitalize())}.</p>'
+        )
     return "".join(
         f'<div class="finding"><p><strong>{escape(finding.what[0].upper() + finding.what[1:])}</strong> '
         f"({escape(finding.steps)})</p><p>{escape(finding.advice)}</p></div>"
@@ -320,7 +322,7 @@ def recipe_differences(runs: Sequence[Record]) -> str:
     differing = [key for key in keys if len({json.dumps(one.get(key), sort_keys=True) for one in flat}) > 1]
     if not differing:
         return note("Nothing but the output directory.")
-    rows = [[key, *(json.dumps(one.get(key), ensure_ascii=False) for one in flat)] for key in differing]
+    rows = [[key, *(value_set(one.get(key)) for one in flat)] for key in differing]
     return table(["key", *(run.name for run in runs)], rows)
 
 
@@ -339,6 +341,15 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flattened(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def value_set(value: Any) -> str:
+    """A key's value; of the sources of data, and other lists of mappings, what was set in each."""
+    if not (isinstance(value, list) and value and all(isinstance(item, dict) for item in value)):
+        return json.dumps(value, ensure_ascii=False)
+    given = [{key: inner for key, inner in item.items() if inner not in (None, [], {})} for item in value]
+    texts = (", ".join(f"{key}: {value_set(inner)}" for key, inner in item.items()) for item in given)
+    return "; ".join(texts)
 
 
 def counts(split: str, run: Record) -> str:
@@ -402,7 +413,7 @@ h2{font-size:1.15rem;margin:36px 0 12px;padding-bottom:6px;border-bottom:1px sol
 h3{font-size:1rem;margin:18px 0 6px;overflow-wrap:anywhere}h4{margin:8px 0 2px;font-size:.85rem;color:var(--soft)}
 .note{color:var(--soft)}.well{color:var(--well);font-weight:600}
 .finding{border-left:4px solid var(--ill);background:var(--card);padding:8px 14px;margin:10px 0}.finding p{margin:2px 0}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));gap:18px}
+.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(440px,100%),1fr));gap:18px}
 figure{margin:0;background:var(--card);border-radius:8px;padding:12px}figcaption{font-weight:600;margin-bottom:4px}
 svg{width:100%;height:auto;display:block}svg text{font:11px system-ui,sans-serif;fill:var(--soft)}
 path.grid{stroke:var(--rule);stroke-width:1}.axis,.zero{stroke:var(--soft);stroke-width:1;fill:none}

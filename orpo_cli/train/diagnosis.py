@@ -97,9 +97,14 @@ class Health:
         return sorted(self.found.values(), key=lambda finding: finding.step)
 
     @property
+    def judged(self) -> bool:
+        """Whether there are rows enough for the rules."""
+        return len(self.training["loss"]) >= LEAST
+
+    @property
     def nothing_found(self) -> str:
         """What to say of a run without findings."""
-        if len(self.training["loss"]) < LEAST:
+        if not self.judged:
             return f"nothing amiss, but of training fewer than {LEAST} steps are logged, too few to be judged"
         return "nothing amiss"
 

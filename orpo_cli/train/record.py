@@ -17,6 +17,7 @@ from orpo_cli.model.build import Built, TextSide
 from orpo_cli.model.load import base_content, base_revision
 from orpo_cli.model.memory import Plan
 from orpo_cli.recipe import Recipe
+from orpo_cli.recipe.checks import overruled
 from orpo_cli.redact import redact
 from orpo_cli.terminal import first_pair, say, size_of_set, warn
 from orpo_cli.train.distributed import Processes
@@ -67,6 +68,8 @@ def describe_run(run: Run, plan: Plan) -> None:
         f"{recipe.peak_learning_rate:.3g} ({section.lr_scheduler_type}), beta {recipe.loss.beta}, "
         f"NLL over {recipe.loss.nll_tokens} tokens, mean by {recipe.loss.nll_reduction}"
     )
+    for line in overruled(recipe):
+        say(f"  {line}")
     say(f"memory: {plan}")
     if not plan.fits:
         warn(f"this is more than the device has, by estimate; what would help: {in_words(savings(recipe))}")

@@ -10,9 +10,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 from orpo_cli.report.charts import Series, chart, histogram, smoothed, thinned, ticks
 from orpo_cli.report.page import write_report
+from orpo_cli.train.diagnosis import LEAST
 
 SECTIONS = ["figures", "health", "curves", "pairs", "samples", "data", "recipe", "versions"]
 HOSTILE = """<script>alert(1)</script>"><img src=x onerror=alert(2)>&lt;'</pre></section>"""
@@ -126,6 +128,27 @@ def test_several_runs_are_compared(run, tiny_run, tmp_path, orpo):
     assert "loss.beta0.250.1" in elements.text
     assert str(run) in elements.text
     assert "loss.nll_tokens" not in elements.text
+
+
+def test_of_sources_of_data_that_differ_what_was_set_is_shown(run, tiny_run, tmp_path):
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    own = recipe["data"]["train"][0]["path"]
+    recipe["data"]["train"] += [
+        {"path": "b.jsonl", "max_pairs": 7, "columns": {"chosen": "good"}, "filter": [{"column": "n", "ge": 0}]}
+    ]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text = Elements(write_report([run, tiny_run], tmp_path / "both.html").read_text()).text
+    added = 'path: "b.jsonl", columns: {"chosen": "good"}, filter: column: "n", ge: 0, max_pairs: 7'
+    assert f'data.trainpath: "{own}"; {added}path: "{own}"' in text
+
+
+def test_a_run_too_short_to_be_judged_is_not_called_well(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    training = next(row for row in rows if "loss" in row)
+    for count, colour in ((LEAST - 1, "note"), (LEAST, "well")):
+        lines = [json.dumps({**training, "step": step}) + "\n" for step in range(1, count + 1)]
+        (run / "metrics.jsonl").write_text("".join(lines))
+        assert f'<p class="{colour}">Nothing amiss' in write_report([run]).read_text()
 
 
 @pytest.mark.parametrize(
