@@ -200,6 +200,14 @@ def open_run(path: Path) -> tuple[RunDirectory, Recipe]:
     return run, load_recipe(run.recipe)
 
 
+def day_of(run: RunDirectory) -> str | None:
+    """The day that the template of a run has been told it is; None where it does not ask, or there is no run."""
+    if not run.recipe.is_file():
+        return None
+    day = load_recipe(run.recipe).model.chat_template_date
+    return None if day == "auto" else day
+
+
 def read_manifest(run: RunDirectory) -> dict[str, Any]:
     """The run's manifest, empty if it has none. Raises InputError for one that someone has spoilt."""
     return _read_object(run.manifest, "begin a new run, or delete the file and go on with --resume --allow-changes")

@@ -36,7 +36,7 @@ from orpo_cli.metrics import read_metrics
 from orpo_cli.recipe import Recipe, dump_recipe, load_recipe, strict_yaml
 from orpo_cli.report import page
 from orpo_cli.report.trackers import check_trackers
-from orpo_cli.run import LOCK, RunDirectory, held, read_eval, read_manifest
+from orpo_cli.run import LOCK, RunDirectory, day_of, held, read_eval, read_manifest
 from orpo_cli.runs import describe, is_running
 from orpo_cli.signals import last_words, passed_on
 from orpo_cli.statistics import interval, resampled_means, wilson
@@ -192,8 +192,8 @@ def sweep(
         summary = _summary(directory, runs, judging) | conclude(directory, runs, judging)
         if summary["best"] is not None:
             [best] = [point for point in points if point.name == summary["best"]["run"]]
-            merge = best.recipe.output.merge
-            write_file(directory / "best.yaml", dump_recipe(_written_to(best.recipe, directory / "best", merge=merge)))
+            own = _written_to(best.recipe, directory / "best", merge=best.recipe.output.merge)
+            write_file(directory / "best.yaml", dump_recipe(own.on_day(_day_begun(directory))))
         write_file(summary_file, to_json(summary))
         if finished := [directory / run["run"] for run in summary["runs"] if run["state"] == "finished"]:
             told = page.table(_headings(summary), _rows(summary)) + "".join(map(page.note, _conclusion(summary)))
@@ -203,7 +203,7 @@ def sweep(
 
 def _run(directory: Path, point: Point, judging: Judging, known: Mapping[str, Any]) -> dict[str, Any]:
     """What is in `sweep.json` of a run, trained and judged if it is not yet; `known` is what an earlier sweep wrote."""
-    run, recipe = RunDirectory(directory / point.name), point.for_run(directory)
+    run, recipe = RunDirectory(directory / point.name), point.for_run(directory).on_day(_day_begun(directory))
     entry: dict[str, Any] = {"set": point.values, "state": "failed"}
     if is_running(run):
         say(f"{run.path} is still written to: waiting for that to end")  # by the run of a sweep that was killed
@@ -236,14 +236,19 @@ def _run(directory: Path, point: Point, judging: Judging, known: Mapping[str, An
     return entry | {"state": "finished", "prompts": prompts, "ended": ended, "ended_ci95": interval_of_ended}
 
 
+def _day_begun(directory: Path) -> str | None:
+    """The day that all runs' templates are told it is: the first run's, if it has begun and its template asks."""
+    days = (day_of(RunDirectory(recipe.parent)) for recipe in sorted(directory.glob("*/recipe.yaml")))
+    return next(filter(None, days), None)
+
+
 def _is_finished(run: RunDirectory, recipe: Recipe) -> bool:
     """Whether the run is there with all that this recipe asks for, and was made by it."""
     if not run.holds_run() or describe(run)["state"] != "finished":
         return False
     own = load_recipe(run.recipe)  # the directory may be called by another name meanwhile
-    return _written_to(own, run.path, merge=own.output.merge) == _written_to(
-        recipe, run.path, merge=recipe.output.merge
-    )
+    asked = recipe.on_day(day_of(run))
+    return _written_to(own, run.path, merge=own.output.merge) == _written_to(asked, run.path, merge=asked.output.merge)
 
 
 def _orpo(*arguments: str, read: bool = False) -> tuple[int, str, str]:

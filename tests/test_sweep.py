@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import pytest
 import yaml
 
 from orpo_cli import cli, sweep
+from orpo_cli.data.templates import BUILT_IN
 from orpo_cli.errors import InputError, RecipeError, Stopped
 from orpo_cli.recipe import load_recipe
 from orpo_cli.run import RunDirectory
@@ -231,6 +234,28 @@ def test_a_sweep_from_recipe_to_table(tiny_recipe, tmp_path, orpo, at_once):
     # A run of another recipe is not passed off as one of this sweep.
     code, _, said = orpo("sweep", recipe, "--set", "loss.beta=0,0.5", "--set", "train.seed=4", *FEW, "--resume")
     assert (code, "train.seed: 3 before, now 4" in said, "the run beta-0 was refused" in said) == (2, True, True)
+
+
+def test_a_template_that_writes_the_date_reads_the_same_in_all_runs(tiny_recipe, tmp_path, orpo, at_once, monkeypatch):
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d %b') + '. ' }}" + BUILT_IN["plain"])
+    days = map(date.fromordinal, itertools.count(date(2031, 5, 4).toordinal()))
+
+    class Passing(date):
+        @classmethod
+        def today(cls) -> date:
+            return next(days)
+
+    monkeypatch.setattr("orpo_cli.data.templates.date", Passing)
+    recipe = tiny_recipe(model={"chat_template": f"{tmp_path}/dated.jinja"})
+    arguments = ("sweep", recipe, "--set", "loss.beta=0,0.5", *FEW)
+    assert orpo(*arguments)[0] == 0
+    runs = [tmp_path / "run" / name for name in ("beta-0", "beta-0.5", "best.yaml")]
+    [day] = {load_recipe(path / "recipe.yaml" if path.is_dir() else path).model.chat_template_date for path in runs}
+    assert day >= "2031-05-04"
+
+    before = [(run / "manifest.json").stat().st_mtime_ns for run in runs[:2]]
+    assert orpo(*arguments, "--resume")[0] == 0
+    assert [(run / "manifest.json").stat().st_mtime_ns for run in runs[:2]] == before
 
 
 def test_a_run_that_fails_does_not_end_the_sweep(tiny_recipe, tmp_path, orpo, at_once):

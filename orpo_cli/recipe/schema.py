@@ -504,6 +504,12 @@ class Recipe(Section):
             return self.train.learning_rate
         return 8e-6 if self.lora is None else 8e-5
 
+    def on_day(self, day: str | None) -> Recipe:
+        """The recipe with this day for `model.chat_template_date: auto`; as it is for None, or where it names one."""
+        if day is None or self.model.chat_template_date != "auto":
+            return self
+        return self.model_copy(update={"model": self.model.model_copy(update={"chat_template_date": day})})
+
 
 def default_run_dir(model_name: str) -> str:
     """`meta-llama/Llama-3.1-8B` -> `runs/llama-3.1-8b-orpo`."""

@@ -38,21 +38,6 @@ _DECIDING_VERSIONS = ("orpo", "torch", "transformers", "peft", "tokenizers", "bi
 _NOTED = ("device", "device_type", "processes", "threads")
 
 
-def on_day(recipe: Recipe, day: str | None) -> Recipe:
-    """The recipe with `auto` as the day that templates are told replaced by this one, if there is one."""
-    if day is None or recipe.model.chat_template_date != "auto":
-        return recipe
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"chat_template_date": day})})
-
-
-def day_begun(directory: RunDirectory) -> str | None:
-    """The day that the template of a run in this directory has been told; None where it asks for none."""
-    if not directory.recipe.is_file():
-        return None
-    day = load_recipe(directory.recipe).model.chat_template_date
-    return None if day == "auto" else day
-
-
 def find_checkpoint(directory: RunDirectory, named: Path | None) -> Path | None:
     """The checkpoint to go on from: the named one, else the newest sound one, None if there is none."""
     if named is not None:

@@ -17,7 +17,7 @@ from orpo_cli.model.build import build_for_training
 from orpo_cli.model.memory import Plan, checkpoint_layers, device_memory, process_memory
 from orpo_cli.recipe import Recipe, dump_recipe
 from orpo_cli.report.trackers import told_to_trackers
-from orpo_cli.run import RunDirectory
+from orpo_cli.run import RunDirectory, day_of
 from orpo_cli.signals import Noted, last_words
 from orpo_cli.terminal import mute, say
 from orpo_cli.train.checkpoint import give_up_later, recover_checkpoints
@@ -30,7 +30,7 @@ from orpo_cli.train.needs import final_bytes, needs_of, plan_memory
 from orpo_cli.train.optimizer import Optimizer
 from orpo_cli.train.record import describe_data, describe_run, facts, of_model
 from orpo_cli.train.rehearsal import rehearse
-from orpo_cli.train.resume import check_best, day_begun, find_checkpoint, on_day, restore, resumptions
+from orpo_cli.train.resume import check_best, find_checkpoint, restore, resumptions
 from orpo_cli.train.save import checkpoint_bytes
 from orpo_cli.train.state import Run
 
@@ -77,9 +77,9 @@ def train_in(directory: RunDirectory, recipe: Recipe, start: Start, processes: P
     if processes.device.type == "cpu":
         keep_freed_memory()
 
-    recipe = on_day(recipe, day_begun(directory) if start.resumes else None)
+    recipe = recipe.on_day(day_of(directory) if start.resumes else None)
     text, train_set, held_out = load_inputs(recipe, processes.device, say)
-    recipe = on_day(recipe, text.template.day)
+    recipe = recipe.on_day(text.template.day)
     describe_data(train_set, held_out, text, recipe)
     record = facts(recipe, start.command, processes, text, train_set, held_out)
     checkpoint = find_checkpoint(directory, start.resume_from) if start.resumes else None
