@@ -239,18 +239,8 @@ def time_steps(
     seed_everything(recipe.train.seed)
     built = build_for_training(recipe, text, processes.device)
     checkpoint_layers(built.base, plan.checkpointed_layers)
-    run = Run(
-        recipe=recipe,
-        directory=RunDirectory(Path(recipe.output.dir)),
-        processes=processes,
-        text=text,
-        built=built,
-        optimizer=Optimizer(built.model.named_parameters(), recipe.train),
-        train_set=train_set,
-        held_out=held_out.in_source_order() if held_out else [],
-        total_steps=train_set.total_steps(recipe.train),
-        progress=Progress(max_tokens=plan.max_tokens),
-    )
+    run = Run(recipe, RunDirectory(Path(recipe.output.dir)), processes, text, built, train_set, held_out)
+    run.progress.max_tokens = plan.max_tokens
     started = time.perf_counter()
     rehearse(run)
     longest = time.perf_counter() - started
@@ -263,11 +253,11 @@ def time_steps(
         run.optimizer.step(learning_rate(step, run.total_steps, recipe.train, peak=recipe.peak_learning_rate))
         seconds.append(time.perf_counter() - started)
     evaluation = 0.0
-    if whole_set := len(run.held_out):
-        run.held_out = run.held_out[:: max(1, len(run.held_out) // 64)]  # enough to tell
+    if run.held_out:
+        some = run.held_out[:: max(1, len(run.held_out) // 64)]  # enough to tell
         started = time.perf_counter()
-        score_together(run, Noted())
-        evaluation = (time.perf_counter() - started) * whole_set / len(run.held_out)
+        score_together(run, some, Noted())
+        evaluation = (time.perf_counter() - started) * len(run.held_out) / len(some)
     typical = statistics.median(seconds)
     whole = run.total_steps * typical + len(evaluation_steps(run)) * evaluation
     return {"longest_micro_batches": longest, "step": typical, "evaluation": evaluation, "run": whole}

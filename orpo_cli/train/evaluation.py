@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from orpo_cli.data.batches import flat_tokens
+from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.evaluate import Scores, evaluation_row, pair_lines, score_in_parts
 from orpo_cli.files import to_json_lines, write_file
 from orpo_cli.generate import answers
@@ -39,7 +41,7 @@ def evaluate(run: Run, stop: Noted, display: StepDisplay) -> bool:
     """
     progress, recipe = run.progress, run.recipe
     started = time.perf_counter()
-    scores = score_together(run, stop)
+    scores = score_together(run, run.held_out, stop)
     tokens = sum(flat_tokens(pair) for pair in run.held_out)
     cost = run.processes.cost(started, tokens)
     answered = answer_together(run, stop) if scores is not None else None
@@ -92,17 +94,17 @@ def patience_is_over(progress: Progress, recipe: Recipe) -> bool:
 DONE, WORKING, STOP = range(3)
 
 
-def score_together(run: Run, stop: Noted) -> Scores | None:
-    """Score the held-out pairs, each process its share; None where a signal came to one of them.
+def score_together(run: Run, pairs: Sequence[TokenizedPair], stop: Noted) -> Scores | None:
+    """Score pairs, each process its share; None where a signal came to one of them.
 
     Those that are done with their share listen until all are, so that every process takes part in every exchange.
     """
-    columns = torch.zeros(4, len(run.held_out), dtype=torch.float64)
-    mine = run.processes.share(range(len(run.held_out)))
+    columns = torch.zeros(4, len(pairs), dtype=torch.float64)
+    mine = run.processes.share(range(len(pairs)))
     own = np.zeros((4, len(mine)))
     parts = score_in_parts(
         run.logprobs,
-        [run.held_out[i] for i in mine],
+        [pairs[i] for i in mine],
         own,
         nll_tokens=run.recipe.loss.nll_tokens,
         max_tokens=run.max_tokens,

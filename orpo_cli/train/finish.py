@@ -46,7 +46,7 @@ def load_best(run: Run) -> int:
     return best
 
 
-def finish(run: Run, held_out: PairSet | None, record: dict[str, Any]) -> dict[str, Any]:
+def finish(run: Run, record: dict[str, Any]) -> dict[str, Any]:
     """Adapter, held-out figures, merged weights, what the manifest can say only now, verdict; the held-out figures."""
     recipe, directory, progress = run.recipe, run.directory, run.progress
     # The last checkpoint has done so already, unless a kill came in between.
@@ -56,7 +56,7 @@ def finish(run: Run, held_out: PairSet | None, record: dict[str, Any]) -> dict[s
     if recipe.lora is not None:
         write_directory(directory.adapter, lambda unfinished: fill_adapter(unfinished, run))
         say(f"adapter: {directory.adapter}")
-    figures = {} if held_out is None else write_figures(run, held_out)
+    figures = {} if run.held_out_set is None else write_figures(run, run.held_out_set)
     if recipe.lora is None or recipe.output.merge:
         record |= write_merged(run)
     record["steps"] = run.total_steps  # fewer where it stopped early

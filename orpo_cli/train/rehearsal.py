@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -43,8 +42,7 @@ def rehearse(run: Run) -> None:
         run.optimizer.zero_grad()
         if run.held_out:
             longest = sorted(run.held_out, key=run.logprobs.tokens, reverse=True)
-            evaluation = replace(run, held_out=[p for p in largest_micro_batches(run, longest) for _ in range(count)])
-            score_together(evaluation, Noted())
+            score_together(run, [pair for pair in largest_micro_batches(run, longest) for _ in range(count)], Noted())
         del room
 
 

@@ -27,7 +27,6 @@ from orpo_cli.train.finish import finish, load_best
 from orpo_cli.train.inputs import load_inputs
 from orpo_cli.train.loop import train_steps
 from orpo_cli.train.needs import final_bytes, needs_of, plan_memory
-from orpo_cli.train.optimizer import Optimizer
 from orpo_cli.train.record import describe_data, describe_run, facts, of_model
 from orpo_cli.train.rehearsal import rehearse
 from orpo_cli.train.resume import check_best, find_checkpoint, restore, resumptions
@@ -90,17 +89,7 @@ def train_in(directory: RunDirectory, recipe: Recipe, start: Start, processes: P
     seed_everything(recipe.train.seed)
     beside = process_memory(processes.device)
     built = build_for_training(recipe, text, processes.device)
-    run = Run(
-        recipe=recipe,
-        directory=directory,
-        processes=processes,
-        text=text,
-        built=built,
-        optimizer=Optimizer(built.model.named_parameters(), recipe.train),
-        train_set=train_set,
-        held_out=held_out.in_source_order() if held_out else [],
-        total_steps=train_set.total_steps(recipe.train),
-    )
+    run = Run(recipe, directory, processes, text, built, train_set, held_out)
     if checkpoint is not None:
         restore(run, checkpoint)
     plan = settle_memory(run, beside)
@@ -116,8 +105,8 @@ def train_in(directory: RunDirectory, recipe: Recipe, start: Start, processes: P
         train_steps(run)
         record["weights_of_step"] = load_best(run)
         if run.held_out and run.last_scores is None:  # resumed after its last step, or with other weights than those
-            run.last_scores = score_together(run, Noted())
-        figures = finish(run, held_out, record) if processes.is_main else {}
+            run.last_scores = score_together(run, run.held_out, Noted())
+        figures = finish(run, record) if processes.is_main else {}
     processes.close()
     return figures
 

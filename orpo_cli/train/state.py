@@ -59,11 +59,8 @@ class Run:
     processes: Processes
     text: TextSide
     built: Built
-    optimizer: Optimizer
     train_set: PairSet
-    held_out: list[TokenizedPair]
-    """Pairs to evaluate on, in source order; none where the recipe names none."""
-    total_steps: int
+    held_out_set: PairSet | None
     progress: Progress = field(default_factory=Progress)
     metrics: MetricsFile | None = None
     """None in all processes but the main one."""
@@ -73,10 +70,17 @@ class Run:
     """`step` and `evaluated` of the newest checkpoint; before there is one, of the start."""
     last_scores: Scores | None = None
     """Those of the evaluation after the last step, once it was made."""
+    held_out: list[TokenizedPair] = field(init=False)
+    """Pairs to evaluate on, in source order; none where the recipe names none."""
+    total_steps: int = field(init=False)
+    optimizer: Optimizer = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
     health: Health = field(init=False)
 
     def __post_init__(self) -> None:
+        self.held_out = self.held_out_set.in_source_order() if self.held_out_set else []
+        self.total_steps = self.train_set.total_steps(self.recipe.train)
+        self.optimizer = Optimizer(self.built.model.named_parameters(), self.recipe.train)
         is_float16 = self.built.base.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=is_float16)
         self.health = Health(self.recipe.loss.beta, self.total_steps)
