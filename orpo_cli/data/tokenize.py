@@ -10,24 +10,21 @@ import copy
 import dataclasses
 import hashlib
 import json
-import secrets
 import sys
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from orpo_cli.data.formats import Drop, Message, Pair, already_templated
+from orpo_cli.data.guard import Guard, encoder_of
 from orpo_cli.data.templates import (
     QUESTION,
     SENTINEL,
     ChatTemplate,
     adds_bos,
-    control_pattern,
     render,
     require_offsets,
     special_tokens,
@@ -99,10 +96,10 @@ class PairTokenizer:
                 "data.add_bos is true, but the tokenizer has no BOS token",
                 "leave data.add_bos at auto",
             )
-        self._backend = _encoder(tokenizer)
-        self._guard: _Guard | None = None
+        self._backend = encoder_of(tokenizer)
+        self._guard: Guard | None = None
         if template.source is not None:
-            self._guard = _Guard(tokenizer, [*special_tokens(tokenizer), *template.control_tokens])
+            self._guard = Guard(tokenizer, [*special_tokens(tokenizer), *template.control_tokens])
             question = Message("user", QUESTION)
             answered = render(tokenizer, template, [question, Message("assistant", SENTINEL)])
             # What the template writes after the answer, and as much of it as belongs to the sequence.
@@ -201,7 +198,7 @@ class PairTokenizer:
         chosen, rejected = (self._text(prompt, opened, answer) for answer in answers)
         if self.masks_assistant:
             chosen = replace(chosen, turns=self._earlier_turns(prompt, chosen.text))
-        return (self._guard.reveal(chosen), self._guard.reveal(rejected)) if guarded else (chosen, rejected)
+        return (chosen.revealed(self._guard), rejected.revealed(self._guard)) if guarded else (chosen, rejected)
 
     def _text(self, prompt: tuple[Message, ...], opened: str, answer: str) -> _Text:
         """Render one side and find the response in it; `opened` is the rendered prompt."""
@@ -399,6 +396,15 @@ class _Text:
     turns: tuple[tuple[int, int], ...] = ()
     guarded: bool = False
 
+    def revealed(self, guard: Guard) -> _Text:
+        """The same as the guard's encoder reads it."""
+
+        def moved(position: int) -> int:
+            return len(guard.reveal(self.text[:position]))
+
+        turns = tuple((moved(begin), moved(end)) for begin, end in self.turns)
+        return _Text(guard.reveal(self.text), moved(self.start), turns, guarded=True)
+
 
 @dataclass(frozen=True)
 class _Tokens:
@@ -420,86 +426,6 @@ class _Tokens:
         """All but `count` tokens of the prompt from `begin` on."""
         kept = np.r_[:begin, begin + count : len(self.ids)]
         return _Tokens(self.ids[kept], self.start - count, None if self.mask is None else self.mask[kept])
-
-
-class _Guard:
-    """Keeps control tokens in the content text, where the tokenizer would read them as control.
-
-    Before rendering, `hide` puts placeholders in their place; afterwards `reveal` turns those back, and the control
-    tokens that the template itself has written into aliases. `encoder` is the tokenizer with its control tokens
-    renamed to these aliases: all other text, their own names too, is ordinary to it.
-    """
-
-    def __init__(self, tokenizer: Any, controls: Sequence[str]) -> None:
-        # Unguessable, so that no data can forge an alias or a placeholder.
-        nonce = secrets.token_hex(8)
-        self._tokenizer = tokenizer
-        self._aliases = {control: f"<|{nonce}.{i}|>" for i, control in enumerate(dict.fromkeys(controls))}
-        self._placeholders = {control: f"Zq{nonce}x{i}x" for i, control in enumerate(self._aliases)}
-        self._controls = control_pattern(list(self._aliases))
-        self._revealed = self._aliases | {hidden: control for control, hidden in self._placeholders.items()}
-        self._rendered = control_pattern(list(self._revealed))
-
-    def found_in(self, contents: Iterable[str]) -> bool:
-        """Whether any of the contents holds a control token."""
-        return any(self._controls.search(content) for content in contents)
-
-    def hide(self, content: str) -> str:
-        """The content with placeholders for its control tokens."""
-        return self._controls.sub(lambda match: self._placeholders[match.group()], content)
-
-    def reveal(self, text: _Text) -> _Text:
-        """The rendered text as `encoder` reads it."""
-
-        def revealed(part: str) -> str:
-            return self._rendered.sub(lambda match: self._revealed[match.group()], part)
-
-        def moved(position: int) -> int:
-            return len(revealed(text.text[:position]))
-
-        turns = tuple((moved(begin), moved(end)) for begin, end in text.turns)
-        return _Text(revealed(text.text), moved(text.start), turns, guarded=True)
-
-    @cached_property
-    def encoder(self) -> Tokenizer:
-        """The tokenizer's backend with aliases for its control tokens."""
-        return _encoder(self._tokenizer, self._aliases)
-
-    @cached_property
-    def real_ids(self) -> np.ndarray:
-        """int32 (V,): the tokenizer's id for each id of `encoder`."""
-        ids = np.arange(self.encoder.get_vocab_size(), dtype=np.int32)
-        for id_, token in self._tokenizer.added_tokens_decoder.items():
-            ids[self.encoder.token_to_id(self._aliases.get(token.content, token.content))] = id_
-        return ids
-
-
-def _encoder(tokenizer: Any, aliases: Mapping[str, str] | None = None) -> Tokenizer:
-    """A copy of the tokenizer's backend that only encodes: adds, cuts and pads nothing, and trims no offsets.
-
-    With `aliases`, tokens go by other names, and the text of their own names is ordinary.
-    """
-    if not aliases:
-        copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        copy.post_processor = None
-        copy.no_truncation()
-        copy.no_padding()
-        return copy
-    spec = json.loads(_encoder(tokenizer).to_str())
-    for token in spec["added_tokens"]:
-        token["content"] = aliases.get(token["content"], token["content"])
-    # The model's vocabulary may hold them too: as {token: id} or, Unigram, as [[token, score], ...].
-    model = spec["model"]
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {aliases.get(token, token): id_ for token, id_ in model["vocab"].items()}
-    else:
-        model["vocab"] = [[aliases.get(token, token), score] for token, score in model["vocab"]]
-    if "merges" in model:
-        spelt = aliases.keys()
-        model["merges"] = [merge for merge in model["merges"] if not {*merge, "".join(merge)} & spelt]
-    if model.get("unk_token"):
-        model["unk_token"] = aliases.get(model["unk_token"], model["unk_token"])
-    return Tokenizer.from_str(json.dumps(spec))
 
 
 def _through(suffix: str, end_of_turn: str) -> str:
