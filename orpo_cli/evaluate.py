@@ -54,7 +54,7 @@ from orpo_cli.statistics import (
     sign_test,
     wilson,
 )
-from orpo_cli.subject import Subject, find_subject
+from orpo_cli.subject import Subject, find_subject, require_there
 
 # Values of a column that pairs are grouped by.
 MAX_SLICES = 100
@@ -435,6 +435,9 @@ def evaluate_target(
     if device.type == "cpu":
         keep_freed_memory()
     subject = find_subject(target, load_recipe(recipe_file) if recipe_file else None, data)
+    for option, name in (("--base", extras.base), ("--judge", extras.judge)):
+        if name is not None:
+            require_there(name, option)
     model = Contestant.of(subject)
     base = None if extras.base is None else Contestant.of(find_base(extras.base, subject), like=model)
     judge = None if extras.judge is None else classifier_section(extras.judge)

@@ -19,7 +19,7 @@ from orpo_cli.malloc import keep_freed_memory
 from orpo_cli.model.build import TextSide, build_for_scoring, context_of, context_tokens, load_text_side, stop_ids
 from orpo_cli.model.logprobs import inference, length_dependent_beyond, stock_attention
 from orpo_cli.recipe import Recipe
-from orpo_cli.subject import find_subject
+from orpo_cli.subject import find_subject, require_there
 from orpo_cli.terminal import warn
 
 NEW_DIALOGUE = "/new"
@@ -248,6 +248,8 @@ def load_speaker(target: str, *, base: str | None, sampling: Sampling, seed: int
     subject = find_subject(target, None, None, scores=False)
     if base is not None and subject.adapter is None:
         raise InputError(f"{target} has no adapter to put into {base}", "leave --base out")
+    if base:
+        require_there(base, "--base")
     changes = {"name_or_path": base, "revision": "main"} if base else {}
     section = subject.recipe.model.model_copy(update=changes)
     recipe, device = subject.recipe.model_copy(update={"model": section}), PartialState().device

@@ -31,7 +31,7 @@ from orpo_cli.model.load import load_config
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import ModelSection, Recipe
 from orpo_cli.run import LOCK, RunDirectory, held, read_manifest
-from orpo_cli.subject import Subject, find_subject
+from orpo_cli.subject import Subject, find_subject, require_there
 
 # Pairs on which the weights merged from a quantised run are compared with what was trained, on the CPU.
 MEASURED_PAIRS = 4
@@ -130,6 +130,8 @@ def merge_target(target: str, *, output: Path | None, base: str | None, dtype: s
         merged = RunDirectory(Path(target)).merged
         where = merged if merged.is_dir() else target
         raise InputError(f"{target} has no adapter to merge", f"its weights are whole already, in {where}")
+    if base:
+        require_there(base, "--base")
     changes = {"name_or_path": base, "revision": "main"} if base else {}
     if dtype != "auto":
         changes["dtype"] = dtype

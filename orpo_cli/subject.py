@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orpo_cli.data.pairs import HELD_OUT_SPLITS, open_sources
-from orpo_cli.errors import DataError, InputError
+from orpo_cli.errors import DataError, InputError, ModelError
+from orpo_cli.model.load import is_path
 from orpo_cli.recipe import DataSection, Recipe, SourceSpec, load_recipe
 from orpo_cli.run import open_run
 
@@ -36,6 +37,7 @@ def find_subject(target: str, recipe: Recipe | None, data: str | None, *, scores
     """
     if not target or data == "":
         raise InputError("a model or a source of data was given as an empty text", "leave it out, or name one")
+    require_there(target, "RUN_OR_MODEL")
     path, own_recipe = Path(target), recipe is None
     if (path / "recipe.yaml").is_file():
         run, own = open_run(path)
@@ -70,6 +72,12 @@ def find_subject(target: str, recipe: Recipe | None, data: str | None, *, scores
     if own_recipe and not _fits(source, section):
         section = section.model_copy(update={"columns": {}, "format": "auto"})
     return dataclasses.replace(subject, recipe=subject.recipe.model_copy(update={"data": section}))
+
+
+def require_there(name: str, typed: str) -> None:
+    """Raise ModelError where what was typed for an argument, or an option, can only be a directory and is none."""
+    if is_path(name) and not Path(name).exists():
+        raise ModelError(f"{typed}: there is no directory {name}", f"{typed} names a directory or a hub id")
 
 
 def _fits(source: SourceSpec, section: DataSection) -> bool:

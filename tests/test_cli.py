@@ -415,6 +415,24 @@ def test_generate_answers_prompts_and_lines(orpo, tiny_run, monkeypatch):
     assert err.startswith("error: ")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "typed"),
+    [
+        (["generate", "ABSENT"], "RUN_OR_MODEL"),
+        (["generate", "RUN/adapter", "--base", "ABSENT"], "--base"),
+        (["eval", "ABSENT"], "RUN_OR_MODEL"),
+        (["eval", "RUN", "--base", "ABSENT"], "--base"),
+        (["eval", "RUN", "--judge", "ABSENT"], "--judge"),
+        (["merge", "RUN/adapter", "--base", "ABSENT"], "--base"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named_as_it_was_typed(arguments, typed, tiny_run, tmp_path, orpo):
+    absent = str(tmp_path / "absent")
+    given = [argument.replace("RUN", str(tiny_run)).replace("ABSENT", absent) for argument in arguments]
+    hint = f"{typed} names a directory or a hub id"
+    assert orpo(*given) == (2, "", f"error: {typed}: there is no directory {absent}\nhint: {hint}\n")
+
+
 def test_generate_is_a_chat_on_a_terminal(tiny_run):
     ours, theirs = pty.openpty()
     with subprocess.Popen(

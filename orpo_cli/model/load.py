@@ -285,7 +285,9 @@ def _explained(section: ModelSection) -> Iterator[None]:
     except RevisionNotFoundError as error:
         raise ModelError(f"{name} has no revision {section.revision!r}", "see model.revision") from error
     except RepositoryNotFoundError as error:
-        raise ModelError(f"there is no model {name} on the hub", "check model.name_or_path, or set HF_TOKEN") from error
+        raise ModelError(
+            f"there is no model {name} on the hub", "check the name; a private model needs HF_TOKEN"
+        ) from error
     except SafetensorError as error:
         raise ModelError(f"the weights of {name} are damaged: {error}", "download or copy them again") from error
     except OrpoError:
@@ -311,16 +313,16 @@ def _explanation(name: str, local: bool, error: Exception) -> ModelError:
             "read that code; if you trust it, set model.trust_remote_code: true",
         )
     if local and not (Path(name) / "config.json").exists():
-        return ModelError(f"{name} is no model: it has no config.json", "model.name_or_path is a hub id or a directory")
+        return ModelError(f"{name} is no model: it has no config.json", "a model is a hub id or a directory")
     if "safetensors" in text and ("does not appear to have" in text or "no file named" in text):
         return ModelError(
             f"{name} has no weights in safetensors format",
             "orpo loads no pickled weights; convert them to safetensors",
         )
     if local:
-        return ModelError(f"{name} cannot be loaded: {text[:400]}", "see model.name_or_path; copy damaged files again")
-    if "/" not in name or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        return ModelError(f"there is no directory {name}", "model.name_or_path is a hub id or a directory")
+        return ModelError(f"{name} cannot be loaded: {text[:400]}", "copy or download damaged files again")
+    if "/" not in name or is_path(name):
+        return ModelError(f"there is no directory {name}", "a model is a hub id or a directory")
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "ON", "YES"):
         return ModelError(
             f"{name} is not in the local cache and HF_HUB_OFFLINE is set", "unset it, or name a directory"
@@ -331,6 +333,11 @@ def _explanation(name: str, local: bool, error: Exception) -> ModelError:
         f"{name} cannot be loaded from the hub: {text[:400]}",
         "check the name and the network; a private or gated model needs HF_TOKEN",
     )
+
+
+def is_path(name: str) -> bool:
+    """Whether a model's name can be no hub id."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:

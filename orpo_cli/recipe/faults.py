@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import types
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -118,6 +119,8 @@ def _meant_key(path: KeyPath, siblings: list[str]) -> tuple[str | None, str]:
             return homes[name], ""
         if found := foreign.translate(name):
             return found
+    if not section and (whole := _without_dot(name)):
+        return whole, ""
     if close := difflib.get_close_matches(name, siblings, 1, 0.6):
         return strict_yaml.join(section, close[0]), ""
     if close := difflib.get_close_matches(name, homes, 1, 0.8):
@@ -125,6 +128,14 @@ def _meant_key(path: KeyPath, siblings: list[str]) -> tuple[str | None, str]:
     if close := difflib.get_close_matches(name, [*foreign.OUR_KEY, *foreign.NO_KEY], 1, 0.85):
         return foreign.translate(close[0]) or (None, "")
     return None, ""
+
+
+def _without_dot(name: str) -> str | None:
+    """`lossbeta`, `loss_beta` -> `loss.beta`: the key of a section that was written without the dot."""
+    keys = {re.sub("[._]", "", key): key for key in section_keys()}
+    squeezed = re.sub(r"[^a-z0-9]", "", name)
+    close = difflib.get_close_matches(squeezed, keys, 1, 0.85)
+    return keys[close[0]] if close else None
 
 
 def _hint(value: Any, raw: str | None, choices: list[str]) -> str | None:
