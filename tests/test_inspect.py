@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
 import math
@@ -20,7 +19,7 @@ from orpo_cli.data.dataset import load_pairs
 from orpo_cli.errors import DataError
 from orpo_cli.model.build import load_text_side, pair_tokenizer
 from orpo_cli.recipe import Recipe
-from tests.shared import shared
+from tests.shared import hh_dialogues, shared
 
 WIDE = 1_000_000
 
@@ -51,19 +50,13 @@ def raw_instructions():
 
 
 def raw_hh():
-    with gzip.open(shared("data/hh-rlhf-harmless-test.jsonl.gz"), "rt", encoding="utf-8") as file:
-        for line in file:
-            sides = []
-            for name in ("chosen", "rejected"):
-                pieces = re.split(r"\n\n(Human|Assistant):", json.loads(line)[name])
-                sides.append([(who, said.strip()) for who, said in zip(pieces[1::2], pieces[2::2], strict=True)])
-            chosen, rejected = sides
-            names = [[who for who, _ in side[-2:]] for side in sides]
-            if chosen[:-1] != rejected[:-1] or names != [["Human", "Assistant"]] * 2:
-                yield "diverged"
-            else:
-                prompt = [("User" if who == "Human" else who, said) for who, said in chosen[:-1]]
-                yield prompt, chosen[-1][1], rejected[-1][1]
+    for chosen, rejected in hh_dialogues():
+        names = [[who for who, _ in side[-2:]] for side in (chosen, rejected)]
+        if chosen[:-1] != rejected[:-1] or names != [["Human", "Assistant"]] * 2:
+            yield "diverged"
+        else:
+            prompt = [("User" if who == "Human" else who, said) for who, said in chosen[:-1]]
+            yield prompt, chosen[-1][1], rejected[-1][1]
 
 
 def raw_sharegpt():

@@ -19,7 +19,7 @@ from orpo_cli.metrics import whole_lines
 from orpo_cli.recipe import Recipe, dump_recipe
 from orpo_cli.report.charts import Points, Series, chart, histogram
 from orpo_cli.run import RunDirectory, open_run, read_eval, read_manifest
-from orpo_cli.train.diagnosis import Health, diagnose
+from orpo_cli.train.health import Health, diagnose
 
 COLOURS = "abcdefgh"
 """The page's colours: classes that its style gives a colour to."""

@@ -13,7 +13,7 @@ from rich.table import Column
 
 from orpo_cli import terminal
 from orpo_cli.terminal import number, say, warn
-from orpo_cli.train.diagnosis import Health
+from orpo_cli.train.health import Health
 
 # Values of a small curve.
 SPARKS = 16

@@ -26,9 +26,9 @@ from orpo_cli.train.ahead import Ahead
 from orpo_cli.train.display import StepDisplay
 from orpo_cli.train.distributed import seed_everything
 from orpo_cli.train.evaluation import evaluate, evaluation_steps
-from orpo_cli.train.health import note_bad_step, note_loss
 from orpo_cli.train.optimizer import learning_rate
 from orpo_cli.train.save import save
+from orpo_cli.train.spikes import note_bad_step, note_loss
 from orpo_cli.train.state import Run
 
 # Steps whose batches are made ahead of the one that is computed.

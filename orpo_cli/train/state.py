@@ -16,8 +16,8 @@ from orpo_cli.model.build import Built, TextSide
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import Recipe
 from orpo_cli.run import RunDirectory
-from orpo_cli.train.diagnosis import Health
 from orpo_cli.train.distributed import Processes
+from orpo_cli.train.health import Health
 from orpo_cli.train.optimizer import Optimizer
 
 
@@ -38,7 +38,7 @@ class Progress:
     bad_steps: int = 0
     """Steps in a row that were skipped for a non-finite gradient."""
     recent_losses: list[float] = field(default_factory=list)
-    """The finite ones of the last steps, as far back as health.py looks."""
+    """The finite ones of the last steps, as far back as spikes.py looks."""
     max_tokens: int | None = None
     """Flat tokens of a micro-batch: the recipe's, or what `auto` has come to, fewer where memory ran out."""
     checkpointed_layers: int | None = None

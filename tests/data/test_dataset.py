@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
-import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,7 +23,7 @@ from orpo_cli.data.tokenize import PairTokenizer
 from orpo_cli.errors import DataError
 from orpo_cli.model.build import load_text_side, pair_tokenizer
 from orpo_cli.recipe import DataSection, Recipe, TrainSection
-from tests.shared import shared
+from tests.shared import hh_dialogues, shared
 
 BEGINNING = Position()
 STREAMED = pytest.mark.parametrize("streaming", [False, True], ids=["held", "streamed"])
@@ -704,23 +703,16 @@ def test_counts_on_instruction_preference(make_tokenizer, longest):
 
 
 def test_counts_on_hh(make_tokenizer):
-    path = shared("data/hh-rlhf-harmless-test.jsonl.gz")
-    pairs, _ = load(make_tokenizer(), str(path), max_dropped=1.0)
+    pairs, _ = load(make_tokenizer(), str(shared("data/hh-rlhf-harmless-test.jsonl.gz")), max_dropped=1.0)
     reasons = []
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            sides = []
-            for name in ("chosen", "rejected"):
-                pieces = re.split(r"\n\n(Human|Assistant):", json.loads(line)[name])
-                sides.append([(who, said.strip()) for who, said in zip(pieces[1::2], pieces[2::2], strict=True)])
-            chosen, rejected = sides
-            ends_right = all([who for who, _ in side[-2:]] == ["Human", "Assistant"] for side in sides)
-            if not ends_right or chosen[:-1] != rejected[:-1]:
-                reasons.append("diverged")
-            elif not chosen[-2][1]:
-                reasons.append("empty")
-            else:
-                reasons.append(reason_of("", chosen[-1][1], rejected[-1][1], 10**9))
+    for chosen, rejected in hh_dialogues():
+        ends_right = all([who for who, _ in side[-2:]] == ["Human", "Assistant"] for side in (chosen, rejected))
+        if not ends_right or chosen[:-1] != rejected[:-1]:
+            reasons.append("diverged")
+        elif not chosen[-2][1]:
+            reasons.append("empty")
+        else:
+            reasons.append(reason_of("", chosen[-1][1], rejected[-1][1], 10**9))
     assert pairs.dropped == Counter(filter(None, reasons))
     assert [pair.index for pair in pairs.in_source_order()] == [i for i, reason in enumerate(reasons) if not reason]
 

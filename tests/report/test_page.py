@@ -14,7 +14,7 @@ import yaml
 
 from orpo_cli.report.charts import Series, chart, histogram, smoothed, thinned, ticks
 from orpo_cli.report.page import write_report
-from orpo_cli.train.diagnosis import LEAST
+from orpo_cli.train.health import LEAST
 
 SECTIONS = ["figures", "health", "curves", "pairs", "samples", "data", "recipe", "versions"]
 HOSTILE = """<script>alert(1)</script>"><img src=x onerror=alert(2)>&lt;'</pre></section>"""
