@@ -1,7 +1,7 @@
 """`orpo`: preference alignment in one stage (ORPO, arXiv 2403.07691), driven by a YAML recipe.
 
 Reading order, in which each module imports only what stands before it: `recipe` -> `data` -> `model` -> `loss` ->
-`evaluate`, `generate`, `merge` -> `train` -> `report`. `train/run.py` is the whole way in one function.
+`scores` -> `generate`, `evaluate`, `merge` -> `train` -> `report`. `train/run.py` is the whole way in one function.
 """
 
 import logging

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from orpo_cli.data.dataset import load_held_out, load_pairs
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.errors import DataError, InputError
-from orpo_cli.evaluate import Scores, score_pairs
 from orpo_cli.files import require_space, to_json, write_directory, write_file
 from orpo_cli.model.build import (
     Built,
@@ -31,6 +30,7 @@ from orpo_cli.model.load import load_config
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import ModelSection, Recipe
 from orpo_cli.run import LOCK, RunDirectory, held, read_manifest
+from orpo_cli.scores import Scores, score_pairs
 from orpo_cli.subject import Subject, find_subject, require_there
 
 # Pairs on which the weights merged from a quantised run are compared with what was trained, on the CPU.

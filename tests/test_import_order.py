@@ -19,6 +19,7 @@ ORDER = (
     "data",
     "model",
     "loss",
+    "scores",
     "run runs subject",
     "inspect generate answers evaluate merge",
     "train",

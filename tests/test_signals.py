@@ -84,7 +84,7 @@ def test_after_the_loop_all_steps_are_saved_and_a_resume_does_the_rest(tiny_reci
 
 def test_evaluations_and_merges_end_at_once_and_leave_nothing(tiny_run, tmp_path):
     output = tmp_path / "eval.json"
-    done = interrupted("orpo_cli.evaluate", "_score", signal.SIGTERM, "eval", tiny_run, "--output", output)
+    done = interrupted("orpo_cli.scores", "_score", signal.SIGTERM, "eval", tiny_run, "--output", output)
     assert (done.returncode, last_line(done)) == (143, "stopped by SIGTERM; nothing had to be saved")
     done = interrupted("orpo_cli.merge", "save_model", signal.SIGINT, "merge", tiny_run, "--output", tmp_path / "full")
     assert (done.returncode, last_line(done)) == (130, "stopped by SIGINT; nothing had to be saved")

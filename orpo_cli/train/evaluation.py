@@ -11,11 +11,11 @@ import torch
 
 from orpo_cli.data.batches import flat_tokens
 from orpo_cli.data.tokenize import TokenizedPair
-from orpo_cli.evaluate import Scores, evaluation_row, pair_lines, score_in_parts
 from orpo_cli.files import to_json_lines, write_file
 from orpo_cli.generate import answers
 from orpo_cli.model.logprobs import inference
 from orpo_cli.recipe import Recipe
+from orpo_cli.scores import Scores, evaluation_row, pair_lines, score_in_parts
 from orpo_cli.signals import Noted
 from orpo_cli.terminal import say, warn
 from orpo_cli.train.display import StepDisplay

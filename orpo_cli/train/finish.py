@@ -9,7 +9,6 @@ from peft import PeftModel
 
 from orpo_cli.data.dataset import PairSet
 from orpo_cli.errors import RunError
-from orpo_cli.evaluate import pair_lines, skipped, summarise
 from orpo_cli.files import require_space, to_json, to_json_lines, write_directory, write_file
 from orpo_cli.merge import MEASURED_PAIRS, merge_trained, merged_bytes, save_model
 from orpo_cli.metrics import read_metrics
@@ -18,6 +17,7 @@ from orpo_cli.model.load import base_revision
 from orpo_cli.model.lora import save_adapter
 from orpo_cli.report.evaluation import comparison
 from orpo_cli.report.page import write_report
+from orpo_cli.scores import pair_lines, skipped, summarise
 from orpo_cli.terminal import say
 from orpo_cli.train.checkpoint import checkpoint_of, delete_surplus, fault, load_weights
 from orpo_cli.train.display import diagnosis

@@ -10,12 +10,12 @@ import torch
 from orpo_cli.data.dataset import PairSet
 from orpo_cli.data.order import Position
 from orpo_cli.data.tokenize import TokenizedPair
-from orpo_cli.evaluate import Scores
 from orpo_cli.metrics import MetricsFile
 from orpo_cli.model.build import Built, TextSide
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import Recipe
 from orpo_cli.run import RunDirectory
+from orpo_cli.scores import Scores
 from orpo_cli.train.distributed import Processes
 from orpo_cli.train.health import Health
 from orpo_cli.train.optimizer import Optimizer

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from orpo_cli.evaluate import Scores, delta, slices, summarise
 from orpo_cli.recipe import LossSection
 from orpo_cli.report.evaluation import comparison, show
+from orpo_cli.scores import Scores, delta, slices, summarise
 from orpo_cli.terminal import say
 from tests.tiny import random_pairs
 

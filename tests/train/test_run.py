@@ -32,7 +32,7 @@ from orpo_cli.data.batches import flat_batch
 from orpo_cli.data.dataset import load_held_out, load_pairs
 from orpo_cli.data.templates import BUILT_IN
 from orpo_cli.errors import DataError, InputError, ModelError, RunError
-from orpo_cli.evaluate import evaluate_target, score_pairs
+from orpo_cli.evaluate import evaluate_target
 from orpo_cli.generate import prompt_ids
 from orpo_cli.merge import merge_target
 from orpo_cli.model import memory
@@ -41,6 +41,7 @@ from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import load_recipe
 from orpo_cli.run import LOCK, held
 from orpo_cli.runs import list_runs
+from orpo_cli.scores import score_pairs
 from orpo_cli.train import checkpoint as checkpoint_module
 from orpo_cli.train import finish as finish_module
 from orpo_cli.train import loop
