@@ -225,11 +225,12 @@ def sweep(
     """A run for each point of a grid, judged on the held-out set: a table on stderr, JSON on stdout."""
     from orpo_cli import sweep as grid
     from orpo_cli.files import to_json
+    from orpo_cli.report.sweep import show
 
     judging = grid.Judging(metric, samples, max_new_tokens, tolerance)
     summary = grid.sweep(recipe, set_ or [], output_dir=output_dir, resume=resume, judging=judging)
     typer.echo(to_json(summary), nl=False)
-    grid.show(summary)
+    show(summary)
     if failed := [run["run"] for run in summary["runs"] if run["state"] == "failed"]:
         raise RunError(f"of {len(summary['runs'])} runs failed: {', '.join(failed)}", "--resume tries them again")
 

@@ -22,19 +22,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from orpo_cli.errors import InputError, Stopped
 from orpo_cli.files import make_directory, to_json, write_file
 from orpo_cli.metrics import read_metrics
 from orpo_cli.recipe import Recipe, dump_recipe, load_recipe, strict_yaml
-from orpo_cli.report import page
+from orpo_cli.report.page import write_report
+from orpo_cli.report.sweep import PAGE, section
 from orpo_cli.report.trackers import check_trackers
 from orpo_cli.run import LOCK, RunDirectory, day_of, held, read_eval, read_manifest
 from orpo_cli.runs import describe, is_running
@@ -196,8 +196,7 @@ def sweep(
             write_file(directory / "best.yaml", dump_recipe(own.on_day(_day_begun(directory))))
         write_file(summary_file, to_json(summary))
         if finished := [directory / run["run"] for run in summary["runs"] if run["state"] == "finished"]:
-            told = page.table(_headings(summary), _rows(summary)) + "".join(map(page.note, _conclusion(summary)))
-            page.write_report(finished, directory / "sweep.html", opening=[("sweep", _title(summary), told)])
+            write_report(finished, directory / PAGE, opening=[section(summary)])
     return summary
 
 
@@ -394,7 +393,7 @@ def _same_order(metrics: Sequence[Sequence[Mapping[str, Any]]]) -> bool:
     return all(seen.setdefault(row["step"], row["pairs_digest"]) == row["pairs_digest"] for row in rows)
 
 
-# ---- what is said of it ----
+# ---- its file ----
 
 
 def _asked(judging: Judging) -> dict[str, int]:
@@ -421,78 +420,3 @@ def _read_runs(path: Path, judging: Judging) -> dict[str, dict[str, Any]]:
         return {run["run"]: run for run in found["runs"]} if found["answers"] == _asked(judging) else {}
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return {}  # all of it can be had anew
-
-
-def show(summary: Mapping[str, Any]) -> None:
-    """The runs as a table, the best one, and what it cost, on stderr."""
-    table = Table(title=_title(summary), title_justify="left", box=None)
-    for heading in _headings(summary):
-        table.add_column(heading, justify="left" if heading in ("run", "") else "right")
-    for run, cells in zip(summary["runs"], _rows(summary, between="\n"), strict=True):
-        table.add_row(*cells, style="bold" if run["verdict"] == "best" else None)
-    say()
-    say(table)
-    for line in _conclusion(summary):
-        say(line)
-    if any(run["state"] == "finished" for run in summary["runs"]):
-        say(f"page: {Path(summary['directory']) / 'sweep.html'}")
-
-
-def _title(summary: Mapping[str, Any]) -> str:
-    return f"Chosen by {summary['metric'].replace('_', ' ')}"
-
-
-def _shown(summary: Mapping[str, Any]) -> list[str]:
-    """The figures that the choice weighs."""
-    return list(dict.fromkeys((summary["metric"], "accuracy", "chosen_perplexity", "ended")))
-
-
-def _headings(summary: Mapping[str, Any]) -> list[str]:
-    return ["run", *(_HEADINGS.get(key, key.replace("_", " ")) for key in _shown(summary)), ""]
-
-
-def _rows(summary: Mapping[str, Any], between: str = " ") -> Iterator[list[str]]:
-    """A run's cells: its name, figures with their intervals, and its verdict."""
-    for run in summary["runs"]:
-        yield [run["run"], *(_cell(run, key, between) for key in _shown(summary)), _WORDS[run["verdict"]]]
-
-
-_HEADINGS = {"chosen_perplexity": "perplexity", "ended": "answers end"}
-_WORDS = {
-    "best": "best",
-    "tied": "as good, within chance",
-    "lower": "worse",
-    "perplexity": "out: perplexity",
-    "answers": "out: answers do not end",
-    "no figures": "out: not finite",
-    "failed": "failed",
-}
-
-
-def _cell(run: Mapping[str, Any], key: str, between: str = " ") -> str:
-    """A figure and its interval."""
-    if run.get(key) is None:
-        return "-"
-    form = "{:.1%}" if key in ("accuracy", "ended") else "{:.4g}"
-    value, low, high = (form.format(number) for number in (run[key], *run[f"{key}_ci95"]))
-    return f"{value}{between}({low} to {high})"
-
-
-def _conclusion(summary: Mapping[str, Any]) -> Iterator[str]:
-    best = summary["best"]
-    if best is None:
-        return
-    if not any(run.get("ended") for run in summary["runs"]):
-        tokens = summary["answers"]["max_new_tokens"]
-        yield f"no answer of any run ended within {tokens} tokens, which decided nothing: raise --max-new-tokens"
-    figure = f"{summary['metric'].replace('_', ' ')} {_cell(best, summary['metric'])}"
-    low, high = best["perplexity_cost_ci95"]
-    yield f"best: {best['run']}, {figure}; chosen perplexity {_cell(best, 'chosen_perplexity')}"
-    if best["run"] == best["lowest_perplexity_run"]:
-        yield "  which is the lowest of all"
-    else:
-        yield (
-            f"  which is {best['perplexity_cost']:+.1%} ({low:+.1%} to {high:+.1%}) on the lowest, of "
-            f"{best['lowest_perplexity_run']}"
-        )
-    yield f"its recipe: {Path(summary['directory']) / 'best.yaml'}"
