@@ -69,7 +69,7 @@ def test_before_the_loop_there_is_nothing_to_save(tiny_recipe, tmp_path, place, 
 @pytest.mark.parametrize(
     ("place", "name"),
     [
-        ("orpo_cli.train.finish", "write_adapter"),
+        ("orpo_cli.train.finish", "fill_adapter"),
         ("orpo_cli.merge", "merge_into_base"),
     ],
 )
