@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -63,6 +64,15 @@ IMPORTS = {module: set(imported(ast.parse(path.read_text()))) for module, path i
 def test_a_module_imports_only_what_stands_before_it(module):
     later = {other for other in IMPORTS[module] if place_of(other) > place_of(module)}
     assert not later, f"{module} stands before {', '.join(sorted(later))}"
+
+
+@pytest.mark.parametrize("package", sorted({module.partition(".")[0] for module in MODULES if "." in module}))
+def test_the_reading_order_of_a_package_is_that_of_its_imports(package):
+    told = (ast.get_docstring(ast.parse(MODULES[package].read_text())) or "").partition("Reading order:")[2]
+    order = [f"{package}.{name}" for name in re.findall(r"`(\w+)`", told)]
+    assert sorted(order) == sorted(module for module in MODULES if module.startswith(f"{package}."))
+    for place, module in enumerate(order):
+        assert IMPORTS[module].isdisjoint(order[place:]), module
 
 
 def test_nothing_is_imported_in_a_circle():

@@ -1,4 +1,8 @@
-"""The recipe: schema, strict loading, other tools' names."""
+"""The recipe: schema, strict loading, other tools' names.
+
+Reading order: `strict_yaml`, `checks`, `schema`, `gather`, `foreign`, `faults`, `load`, `conversion`, `convert`,
+`reference`.
+"""
 
 from __future__ import annotations
 
