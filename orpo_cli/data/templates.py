@@ -72,6 +72,8 @@ CONTROL_LOOK = r"<[|｜][^<>|｜\s]+[|｜]?>|<[^<>|｜\s]+[|｜]>|<(?:start|end)
 # Stands for a text while a template is probed: survives trimming, and no template and no data can hold it.
 SENTINEL = f"Zq{secrets.token_hex(8)}qZ"
 QUESTION = "What is it?"
+DIALOGUE = ["user", "assistant", "user"]
+"""The turns of a made-up dialogue that waits for an answer, its second one."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,7 @@ def resolve_template(
     broken or does not write the answer.
     """
     require_offsets(tokenizer)
-    eos = eos_token
-    if eos_token == "auto":
-        named = (name for name in EOS_NAMES if tokenizer.backend_tokenizer.token_to_id(name) is not None)
-        eos = tokenizer.eos_token or next(named, EOS_NAMES[0])
+    eos = _usual_eos(tokenizer) if eos_token == "auto" else eos_token
     if setting == "none":
         return ChatTemplate("none", None, dict(kwargs), eos, (eos,), "")
 
@@ -144,21 +143,9 @@ def resolve_template(
     ending = control.search(answered.rpartition(SENTINEL)[2])
     end_of_turn = ending.group() if ending and eos_token == "auto" else eos
 
-    # Stock generation reads the saved template, so what training sees is written into it. The end of turn becomes
-    # the tokenizer's EOS; where eos_token stands in earlier turns, the template keeps the one that it meant.
-    dialogue = ["user", "assistant", "user"]
-    meant = probe.render(source, dialogue, add_generation_prompt=True, eos_token=eos)
-    if probe.render(source, dialogue, add_generation_prompt=True, eos_token=end_of_turn) != meant:
-        source = f"{{%- set eos_token = {json.dumps(eos)} %}}{source}"
-    # Stock apply_chat_template adds no BOS by itself.
-    has_bos = meant.startswith(tokenizer.bos_token or LLAMA3_BOS)
-    if has_bos and add_bos is False:
-        source = f"{{%- set bos_token = '' %}}{source}"
-    elif not has_bos and (adds_bos(tokenizer) if add_bos == "auto" else add_bos):
-        source = f"{{{{ bos_token }}}}{source}"
-
-    prompt = probe.render(source, dialogue, add_generation_prompt=True, eos_token=end_of_turn)
-    roles = [*dialogue, "assistant"]
+    source = probe.as_stock_renders(source, eos, end_of_turn, add_bos)
+    prompt = probe.render(source, DIALOGUE, add_generation_prompt=True, eos_token=end_of_turn)
+    roles = [*DIALOGUE, "assistant"]
     full = probe.render(source, roles, eos_token=end_of_turn)
     before = full.rpartition(SENTINEL)[0]
     with_system = probe.render_system(source)
@@ -174,6 +161,12 @@ def resolve_template(
         opening=before[len(prompt) :] if before.startswith(prompt) else "",
         day=day if asks else None,
     )
+
+
+def _usual_eos(tokenizer: Any) -> str:
+    """The tokenizer's EOS, else a token of its vocabulary that is named like one, else a new one."""
+    named = (name for name in EOS_NAMES if tokenizer.backend_tokenizer.token_to_id(name) is not None)
+    return tokenizer.eos_token or next(named, EOS_NAMES[0])
 
 
 def fit_tokenizer(tokenizer: Any, template: ChatTemplate) -> list[str]:
@@ -333,6 +326,22 @@ class _Probe:
                 f"chat template {self.name} cannot render {', '.join(roles)}: {error}",
                 "check the template and model.chat_template_kwargs, or set model.chat_template: plain",
             ) from None
+
+    def as_stock_renders(self, source: str, eos: str, end_of_turn: str, add_bos: bool | str) -> str:
+        """The template with what training sees written into it: stock generation reads the saved template alone."""
+        tokenizer = self.tokenizer
+        # The end of turn becomes the tokenizer's EOS; where eos_token stands in earlier turns, the template keeps the
+        # one that it meant.
+        meant = self.render(source, DIALOGUE, add_generation_prompt=True, eos_token=eos)
+        if self.render(source, DIALOGUE, add_generation_prompt=True, eos_token=end_of_turn) != meant:
+            source = f"{{%- set eos_token = {json.dumps(eos)} %}}{source}"
+        # Stock apply_chat_template adds no BOS by itself.
+        has_bos = meant.startswith(tokenizer.bos_token or LLAMA3_BOS)
+        if has_bos and add_bos is False:
+            source = f"{{%- set bos_token = '' %}}{source}"
+        elif not has_bos and (adds_bos(tokenizer) if add_bos == "auto" else add_bos):
+            source = f"{{{{ bos_token }}}}{source}"
+        return source
 
     def render_system(self, source: str) -> str:
         """A dialogue with a system turn, or "" where the template takes none."""
