@@ -29,7 +29,7 @@ from orpo_cli.model.build import (
 from orpo_cli.model.load import load_config
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import ModelSection, Recipe
-from orpo_cli.run import LOCK, RunDirectory, held, read_manifest
+from orpo_cli.run_directory import LOCK, RunDirectory, held, read_manifest
 from orpo_cli.scores import Scores, score_pairs
 from orpo_cli.subject import Subject, find_subject, require_there
 

@@ -22,7 +22,7 @@ from orpo_cli.model.memory import GIB, Needs, Plan, checkpoint_layers, device_me
 from orpo_cli.model.outline import outline, packed
 from orpo_cli.recipe import Recipe
 from orpo_cli.recipe.checks import overruled
-from orpo_cli.run import RunDirectory
+from orpo_cli.run_directory import RunDirectory
 from orpo_cli.signals import Noted
 from orpo_cli.terminal import size_of_set
 from orpo_cli.train.distributed import Processes, make_deterministic, seed_everything

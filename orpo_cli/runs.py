@@ -10,7 +10,7 @@ from typing import Any
 
 from orpo_cli.errors import InputError
 from orpo_cli.metrics import whole_lines
-from orpo_cli.run import LOCK, RunDirectory, open_run, read_eval
+from orpo_cli.run_directory import LOCK, RunDirectory, open_run, read_eval
 
 FIGURES = {"accuracy": True, "log_odds_ratio": True, "chosen_perplexity": False, "loss": False}
 """The held-out figures of the table, by their names in `eval.json`: whether higher is better."""

@@ -11,7 +11,7 @@ from orpo_cli.data.pairs import HELD_OUT_SPLITS, open_sources
 from orpo_cli.errors import DataError, InputError, ModelError
 from orpo_cli.model.load import is_path
 from orpo_cli.recipe import DataSection, Recipe, SourceSpec, load_recipe
-from orpo_cli.run import open_run
+from orpo_cli.run_directory import open_run
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from orpo_cli.recipe import Recipe, dump_recipe, load_recipe, strict_yaml
 from orpo_cli.report.page import write_report
 from orpo_cli.report.sweep import PAGE, section
 from orpo_cli.report.trackers import check_trackers
-from orpo_cli.run import LOCK, RunDirectory, day_of, held, read_eval, read_manifest
+from orpo_cli.run_directory import LOCK, RunDirectory, day_of, held, read_eval, read_manifest
 from orpo_cli.runs import describe, is_running
 from orpo_cli.signals import last_words, passed_on
 from orpo_cli.statistics import interval, resampled_means, wilson

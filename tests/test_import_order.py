@@ -21,7 +21,7 @@ ORDER = (
     "model",
     "loss",
     "scores",
-    "run runs subject",
+    "run_directory runs subject",
     "inspect generate answers evaluate merge",
     "train",
     "report",

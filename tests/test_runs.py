@@ -10,7 +10,7 @@ import pytest
 
 from orpo_cli.errors import InputError
 from orpo_cli.report.page import write_report
-from orpo_cli.run import LOCK, RunDirectory
+from orpo_cli.run_directory import LOCK, RunDirectory
 from orpo_cli.runs import describe, find_runs, list_runs, table
 
 

@@ -25,7 +25,7 @@ from orpo_cli.files import to_json
 from orpo_cli.model.load import load_config, load_model, load_tokenizer
 from orpo_cli.model.lora import load_adapter
 from orpo_cli.recipe import ModelSection, SourceSpec, load_recipe
-from orpo_cli.run import RunDirectory
+from orpo_cli.run_directory import RunDirectory
 from orpo_cli.train.checkpoint import MANIFEST, checkpoints, load_checkpoint
 from orpo_cli.train.run import Start, train
 

@@ -22,7 +22,7 @@ from orpo_cli import cli, sweep
 from orpo_cli.data.templates import BUILT_IN
 from orpo_cli.errors import InputError, RecipeError, Stopped
 from orpo_cli.recipe import load_recipe
-from orpo_cli.run import RunDirectory
+from orpo_cli.run_directory import RunDirectory
 from orpo_cli.sweep import Judging, choose, grid, run_name, split_values
 from tests.runs import same_files
 from tests.shared import shared

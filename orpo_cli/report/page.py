@@ -19,7 +19,7 @@ from orpo_cli.metrics import whole_lines
 from orpo_cli.recipe import Recipe, dump_recipe
 from orpo_cli.report.charts import Points, Series, chart, histogram
 from orpo_cli.report.style import COLOURS, STYLE
-from orpo_cli.run import RunDirectory, open_run, read_eval, read_manifest
+from orpo_cli.run_directory import RunDirectory, open_run, read_eval, read_manifest
 from orpo_cli.train.health import Health, diagnose
 
 FIGURES = ("accuracy", "log_odds_ratio", "chosen_logps", "rejected_logps", "loss", "nll_loss", "or_loss")

@@ -17,7 +17,7 @@ from orpo_cli.errors import InputError
 from orpo_cli.metrics import whole_rows
 from orpo_cli.model.build import Built
 from orpo_cli.recipe import Recipe, load_recipe
-from orpo_cli.run import RunDirectory, read_manifest
+from orpo_cli.run_directory import RunDirectory, read_manifest
 from orpo_cli.terminal import warn
 from orpo_cli.train.checkpoint import check_sound, checkpoint_of, fault, load_checkpoint, newest_sound, read_state
 from orpo_cli.train.evaluation import patience_is_over

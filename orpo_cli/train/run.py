@@ -17,7 +17,7 @@ from orpo_cli.model.build import build_for_training
 from orpo_cli.model.memory import Plan, checkpoint_layers, device_memory, process_memory
 from orpo_cli.recipe import Recipe, dump_recipe
 from orpo_cli.report.trackers import told_to_trackers
-from orpo_cli.run import RunDirectory, day_of
+from orpo_cli.run_directory import RunDirectory, day_of
 from orpo_cli.signals import Noted, last_words
 from orpo_cli.terminal import mute, say
 from orpo_cli.train.checkpoint import give_up_later, recover_checkpoints

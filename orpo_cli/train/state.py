@@ -14,7 +14,7 @@ from orpo_cli.metrics import MetricsFile
 from orpo_cli.model.build import Built, TextSide
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import Recipe
-from orpo_cli.run import RunDirectory
+from orpo_cli.run_directory import RunDirectory
 from orpo_cli.scores import Scores
 from orpo_cli.train.distributed import Processes
 from orpo_cli.train.health import Health

@@ -8,7 +8,7 @@ import pytest
 
 from orpo_cli.errors import InputError
 from orpo_cli.recipe import Recipe
-from orpo_cli.run import RunDirectory, open_run, read_manifest
+from orpo_cli.run_directory import RunDirectory, open_run, read_manifest
 from orpo_cli.train.resume import check_unchanged, identity
 
 

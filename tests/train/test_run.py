@@ -39,7 +39,7 @@ from orpo_cli.model import memory
 from orpo_cli.model.build import build_for_training, load_text_side, pair_tokenizer
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import load_recipe
-from orpo_cli.run import LOCK, held
+from orpo_cli.run_directory import LOCK, held
 from orpo_cli.runs import list_runs
 from orpo_cli.scores import score_pairs
 from orpo_cli.train import checkpoint as checkpoint_module

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orpo_cli.errors import InputError
-from orpo_cli.run import DIRECTORIES, FILES, LOCK, RunDirectory, held, open_run, read_manifest
+from orpo_cli.run_directory import DIRECTORIES, FILES, LOCK, RunDirectory, held, open_run, read_manifest
 
 
 def contents(directory: Path) -> set[str]:
@@ -121,7 +121,7 @@ def test_what_a_kill_left_half_done_is_mended_and_what_is_not_ours_stays(tmp_pat
 HOLD = """
 import sys, time
 from pathlib import Path
-from orpo_cli.run import RunDirectory
+from orpo_cli.run_directory import RunDirectory
 with RunDirectory(Path(sys.argv[1])).claimed(resume=True, overwrite=False):
     print("held", flush=True)
     time.sleep(60)
@@ -166,7 +166,7 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
     def flock(descriptor, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("orpo_cli.run.fcntl.flock", flock)
+    monkeypatch.setattr("orpo_cli.run_directory.fcntl.flock", flock)
     claim(tmp_path)
     assert f"warning: {tmp_path} cannot be locked (No locks available)" in capfd.readouterr().err
     assert contents(tmp_path) == set()
