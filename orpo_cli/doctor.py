@@ -118,7 +118,7 @@ def threads_and_memory() -> Iterator[Finding]:
     try:
         import torch
 
-        from orpo_cli.model.memory import memory_limits
+        from orpo_cli.model.device import memory_limits
     except Exception as error:  # a broken installation may raise anything
         yield Finding("torch", "fails", f"cannot be imported: {_brief(error)}", "pip install -c constraints.txt torch")
         return

@@ -13,7 +13,7 @@ from orpo_cli.errors import RunError
 from orpo_cli.files import to_json_lines, write_file
 from orpo_cli.terminal import warn
 
-# What two equal runs may differ in; see `orpo_cli.metrics.comparable`.
+# What two equal runs may differ in; see `comparable`.
 TIMES = ("seconds", "tokens_per_second", "peak_memory_gib")
 
 

@@ -153,7 +153,7 @@ def per_pair_metrics(scores: Scores, loss: LossSection) -> dict[str, np.ndarray]
 def summarise(scores: Scores, pairs: Sequence[TokenizedPair], loss: LossSection) -> dict[str, Any]:
     """The figures of `eval.json`: means with bootstrap 95 % intervals, perplexities, accuracy by and without length."""
     columns = per_pair_metrics(scores, loss)
-    longer = np.array([int.__sub__(*p.response_tokens) for p in pairs], dtype=np.float64)
+    longer = np.array([chosen - rejected for chosen, rejected in (p.response_tokens for p in pairs)], dtype=np.float64)
     controlled, *ends = length_controlled_accuracy(columns["accuracy"], longer)
     return {
         "pairs": len(pairs),

@@ -21,7 +21,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from orpo_cli.errors import RunError, is_out_of_memory
-from orpo_cli.model.memory import GIB, peak_memory
+from orpo_cli.model.device import GIB, peak_memory
 
 T = TypeVar("T")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,14 +18,12 @@ from orpo_cli.model.load import load_model
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.model.lora import add_lora
 from orpo_cli.model.memory import (
-    GIB,
     Activations,
     Memory,
     Needs,
     checkpoint_layers,
     checkpointable_layers,
     choose_plan,
-    device_memory,
     fixed_memory,
     scoring_tokens,
 )
@@ -269,21 +266,6 @@ def test_what_is_given_is_taken_as_it_is():
     long = plan(20_000, longest_pair=10_000)  # longer than what is fast: a micro-batch of its own, and planned for
     assert long.max_tokens == memory.FAST_TOKENS["cpu"][0] < 10_000
     assert long.memory.activations == plan(20_000, max_tokens=10_000, longest_pair=10_000).memory.activations
-
-
-def test_the_device_has_what_the_machine_or_a_limit_says(monkeypatch, tmp_path):
-    limits = [*memory.memory_limits()]
-    assert device_memory(CPU) == int(0.8 * min(limits)) - GIB
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert device_memory(CPU) == int(0.4 * min(limits)) - GIB
-    # A limit above this process's group counts too; "max" is none.
-    (tmp_path / "run/job").mkdir(parents=True)
-    (tmp_path / "run/memory.max").write_text("123456789\n")
-    (tmp_path / "run/job/memory.max").write_text("max\n")
-    (tmp_path / "cgroup").write_text("0::/run/job\n")
-    paths = {"/proc/self/cgroup": tmp_path / "cgroup", "/sys/fs/cgroup": tmp_path}
-    monkeypatch.setattr(memory, "Path", lambda path, *more: Path(paths[path], *more))
-    assert [*memory.memory_limits()] == [limits[0], 123456789]
 
 
 def test_scoring_takes_more_tokens_at_once_where_they_fit(tiny_recipe, monkeypatch):
