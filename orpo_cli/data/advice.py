@@ -68,9 +68,8 @@ def advice(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
             return _SOURCE + keys
     if {"message_id", "parent_id", "rank"} <= row.keys():
         return "these are single messages: take the file of whole trees that goes with them (.trees.jsonl.gz)"
-    view = in_our_names(row, columns)
     for found in (
-        _wrong_values(view, columns),
+        wrong_values(row, columns),
         _better_and_worse(row),
         _rated_list(row),
         _two_lists(row),
@@ -87,17 +86,23 @@ def advice(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     )
 
 
-def _wrong_values(view: Row, columns: Mapping[str, str]) -> str | None:
-    """For rows that have the right names: what is in them that is no text, or that there is no prompt."""
+def wrong_values(row: Row, columns: Mapping[str, str]) -> str | None:
+    """What to write for a row of the right names with something else in them than texts or messages, or without prompt.
+
+    None where that is not so.
+    """
+    view = in_our_names(row, columns)
     if not {"chosen", "rejected"} <= view.keys():
         return None
     prompt = next((name for name in ("prompt", "question", "instruction") if name in view), None)
     needed = ({"prompt": prompt} if prompt else {}) | {"chosen": "chosen", "rejected": "rejected"}
     if wrong := [ours for ours, name in needed.items() if not _is_answer(view[name])]:
         said = ", ".join(f"{columns.get(ours, needed[ours])} is {described(view[needed[ours]])}" for ours in wrong)
-        columns = needed | dict(columns) | {ours: f"<a column of texts, the {ours} ones>" for ours in wrong}
-        written = _columns({ours: columns[ours] for ours in needed})
-        return f"a text, or a list of messages {{role, content}}, is needed where {said}:\n{written}"
+        written = {ours: columns.get(ours, name) for ours, name in needed.items()}
+        for ours in wrong:
+            within = _text_within(written[ours], view[needed[ours]])
+            written[ours] = within or f"<a column of texts, the {ours} ones>"
+        return f"a text, or a list of messages {{role, content}}, is needed where {said}:\n" + _columns(written)
     if not prompt and isinstance(view["chosen"], str) and isinstance(view["rejected"], str):
         prompt = _prompt_of(view, ("chosen", "rejected")) or "<the column that has it>"
         return "two texts do not say what they answer; name the prompt:\n" + _columns({"prompt": prompt})
@@ -201,6 +206,14 @@ def _rated_rows(rows: Sequence[Row]) -> str | None:
 
 
 # What a column may be
+
+
+def _text_within(name: str, value: Any) -> str | None:
+    """The column of a text that stands within an object or a list."""
+    if isinstance(value, Mapping):
+        key = _first(_ANSWERS, [key for key, inner in value.items() if _is_answer(inner)], strict=True)
+        return f"{name}.{key}" if key else None
+    return f"{name}.0" if isinstance(value, list | tuple) and value and isinstance(value[0], str) else None
 
 
 def _is_answer(value: Any) -> bool:

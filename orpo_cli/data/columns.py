@@ -97,6 +97,8 @@ def described(value: Any) -> str:
     """Say what was found in a value's place."""
     if value is MISSING:
         return "missing"
+    if value is TIED:
+        return "one of several that are rated alike"
     if value is None or _is_nan(value):
         return "null"
     kinds = ((bool, "a boolean"), ((int, float), "a number"), (str, "a text"), (Mapping, "an object"))

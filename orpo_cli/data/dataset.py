@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from orpo_cli.data.advice import wrong_values
 from orpo_cli.data.bitmap import Bitmap
 from orpo_cli.data.formats import (
     Drop,
@@ -450,7 +451,8 @@ def _no_usable_pair(pairs: PairSet) -> DataError:
                 pairs.dropped[result.reason] += 1
                 pairs.examples.setdefault(result.reason, f"{pairs.reader.where(index)}: {result.detail}")
     row = f"\nthe first row is\n{show_row(first[0])}" if first else ""
+    hint = wrong_values(first[0], source.columns) if first and pairs.dropped.keys() == {"malformed"} else None
     return DataError(
         f"{source.spec.path} holds no usable pair\n" + "\n".join(f"  {line}" for line in pairs.drop_lines()) + row,
-        "check data.columns, data.filter, data.max_length and model.chat_template",
+        hint or "check data.columns, data.filter, data.max_length and model.chat_template",
     )

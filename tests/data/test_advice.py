@@ -107,6 +107,29 @@ def test_what_is_wrong_with_right_names_is_said_of_each_column() -> None:
     }
     hint = hint_for([{"prompt": "Q", "best": True, "rejected": "a"}], columns={"chosen": "best"})
     assert "is needed where best is a boolean (True):\n" in hint
+    tied = {"chosen": "answers[max score].text", "rejected": "answers[min score].text"}
+    hint = hint_for([{"prompt": "Q", "answers": [{"text": GOOD, "score": 1}, {"text": BAD, "score": 1}]}], columns=tied)
+    assert "answers[max score].text is one of several that are rated alike" in hint
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Q", "chosen": {"text": GOOD, "score": 3}, "rejected": {"text": BAD, "score": 1}},
+        {"prompt": ["Q"], "chosen": [GOOD], "rejected": [BAD]},
+    ],
+    ids=["objects", "lists"],
+)
+def test_texts_within_the_right_columns_are_named(row, tiny_recipe, tmp_path, orpo):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    code, _, err = orpo("data", tiny_recipe(data={"train": str(path), "eval": None}))
+    assert code == 2
+    columns = section_of(err, path).columns
+    recipe = tiny_recipe(data={"train": str(path), "eval": None, "columns": columns})
+    code, out, _ = orpo("data", recipe, "--pairs", "1")
+    assert code == 0
+    assert f"[nll+or] {GOOD}" in out.replace("[nll+or]", "[nll+or] ").replace("  ", " ")
 
 
 def test_what_no_mapping_can_do_is_said() -> None:
