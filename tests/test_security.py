@@ -324,12 +324,26 @@ def test_no_command_runs_the_code_of_an_adapter_to_go_on_from(
 
 
 @pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nowhere", "there is no directory nowhere"),
+        ("/no/where", "there is no directory /no/where"),
+        ("org/adapter", "org/adapter is not in the local cache, and the hub cannot be reached"),
+    ],
+)
 def test_an_adapter_that_is_not_there_is_an_error(
-    tiny_recipe: Callable[..., Path], orpo: Callable[..., Any], command: str, tmp_path: Path
+    tiny_recipe: Callable[..., Path],
+    orpo: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    name: str,
+    said: str,
 ) -> None:
-    code, _, err = orpo(command, tiny_recipe(lora=None), "--set", f"lora.adapter={tmp_path}/nowhere")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, _, err = orpo(command, tiny_recipe(lora=None), "--set", f"lora.adapter={name}")
     assert code == 2
-    assert "there is no adapter" in err
+    assert said in err.replace("\n", " ")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "\0", "null", '"x"'])

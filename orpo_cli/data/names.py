@@ -47,4 +47,4 @@ def nearest(path: Path) -> str:
     missing = path.relative_to(there).parts[0]
     if close := difflib.get_close_matches(missing, names, n=3, cutoff=0.5):
         return "nearest: " + ", ".join(str(there / name) for name in close)
-    return f"there is no {missing} in {there.resolve()}; a hub dataset is named owner/name"
+    return f"{there.resolve()} holds nothing like {missing}; a hub dataset is named owner/name"

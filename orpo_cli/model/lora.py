@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
 from orpo_cli.errors import ModelError
-from orpo_cli.model.load import embedding_names
+from orpo_cli.model.load import embedding_names, is_path
 from orpo_cli.recipe.schema import LoraSection
 
 
@@ -121,14 +121,18 @@ def _check_kind(directory: Path) -> None:
 
 def _downloaded(name: str) -> Path:
     """The local copy of a hub repository's adapter."""
+    hint = "an adapter is a directory or a hub id, owner/name; a private one needs HF_TOKEN"
+    if "/" not in name or is_path(name):
+        raise ModelError(f"there is no directory {name}", hint)
     try:
         return Path(snapshot_download(name, allow_patterns=["adapter_config.json", "adapter_model.safetensors"]))
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"the adapter {name} is not in the local cache, and the hub cannot be reached", hint
+        ) from error
     except (OSError, ValueError) as error:  # the hub's own errors are kinds of these
         why = "" if isinstance(error, HFValidationError) else f": {' '.join(str(error).split())[:200]}"
-        raise ModelError(
-            f"there is no adapter {name}{why}",
-            "lora.adapter is a directory or a hub id; a private one needs HF_TOKEN",
-        ) from error
+        raise ModelError(f"there is no adapter {name}{why}", hint) from error
 
 
 def save_adapter(model: PeftModel, directory: Path, *, base: str, revision: str) -> None:
