@@ -46,9 +46,7 @@ from orpo_cli.scores import (
     slices,
     summarise,
 )
-from orpo_cli.statistics import (
-    groups,
-)
+from orpo_cli.statistics import groups
 from orpo_cli.subject import Subject, find_subject, require_there
 
 # Values of a column that pairs are grouped by.

@@ -182,19 +182,6 @@ class _Pieces(TextStreamer):
             self.show(text)
 
 
-def answers(
-    model: PreTrainedModel,
-    text: TextSide,
-    prompts: Sequence[str],
-    max_new_tokens: int = 128,
-    *,
-    system: str | None = None,
-) -> list[tuple[str, bool]]:
-    """The model's greedy answer to each prompt, and whether it ended its turn by itself."""
-    sampling = Sampling(max_new_tokens)
-    return [answer_to(model, text, prompt_ids(text, prompt, system), sampling) for prompt in prompts]
-
-
 # ---- the verb ----
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from orpo_cli.data.batches import nll_positions
 from orpo_cli.data.dataset import PairSet, faulty_rows, load_pairs
@@ -117,10 +118,8 @@ def pair_pieces(pair: TokenizedPair, text: TextSide, nll_tokens: str) -> dict[st
     }
 
 
-# How GPT-2 and its like write the bytes of a token: printable ones as that character, the others as those from 256 on.
-_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
-_BYTES = {chr(byte): byte for byte in _PRINTABLE}
-_BYTES |= {chr(256 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)}
+# The bytes that stand behind the characters in which GPT-2 and its like write their tokens.
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

@@ -16,7 +16,6 @@ from orpo_cli.generate import (
     Sampling,
     Speaker,
     answer_to,
-    answers,
     answers_to,
     dialogue_ids,
     load_speaker,
@@ -62,7 +61,7 @@ def test_answers_are_greedy_and_end_with_the_turn(tiny_recipe, tiny_base):
     recipe = load_recipe(tiny_recipe())
     text = load_text_side(recipe)
     built = build_for_scoring(recipe.model, text, torch.device("cpu"))
-    found = answers(built.base, text, PROMPTS, max_new_tokens=12)
+    found = [answer_to(built.base, text, prompt_ids(text, prompt), Sampling(12)) for prompt in PROMPTS]
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_base), AutoTokenizer.from_pretrained(tiny_base)
     for prompt, (answer, ended) in zip(PROMPTS, found, strict=True):
@@ -81,7 +80,7 @@ def test_answering_leaves_the_engine_and_the_model_as_they_were(tiny_recipe):
     built = build_for_scoring(recipe.model, text, torch.device("cpu"))
     built.base.train()
     before = built.base.config._attn_implementation
-    answers(built.base, text, ["x"], max_new_tokens=2)
+    answer_to(built.base, text, prompt_ids(text, "x"), Sampling(2))
     assert built.base.training
     assert built.base.config._attn_implementation == before
 

@@ -22,8 +22,6 @@ _FIGURES = (
     "or_loss",
     "loss",
 )
-
-
 # Groups of a column that are printed; more are summed up.
 _GROUPS = 20
 

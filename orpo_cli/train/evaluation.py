@@ -12,7 +12,7 @@ import torch
 from orpo_cli.data.batches import flat_tokens
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.files import to_json_lines, write_file
-from orpo_cli.generate import answers
+from orpo_cli.generate import Sampling, answer_to, prompt_ids
 from orpo_cli.model.logprobs import inference
 from orpo_cli.recipe import Recipe
 from orpo_cli.scores import Scores, evaluation_row, pair_lines, score_in_parts
@@ -130,10 +130,11 @@ def score_together(run: Run, pairs: Sequence[TokenizedPair], stop: Noted) -> Sco
 
 def answer_together(run: Run, stop: Noted) -> list[tuple[str, bool]] | None:
     """The main process's answers to the sample prompts; None where a signal came to one of the processes."""
-    found: list[tuple[str, bool]] = []
+    text, found = run.text, []
     for prompt in run.recipe.train.sample_prompts:
         if run.processes.largest(stop.number):
             return None
         if run.processes.is_main:
-            found += answers(run.built.base, run.text, [prompt], system=run.recipe.data.system)
+            asked = prompt_ids(text, prompt, run.recipe.data.system)
+            found.append(answer_to(run.built.base, text, asked, Sampling()))
     return found
