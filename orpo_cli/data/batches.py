@@ -188,6 +188,28 @@ def cut_by_tokens(pairs: Sequence[TokenizedPair], max_tokens: int) -> list[list[
     return bins
 
 
+def cut_into_rounds(pairs: Sequence[TokenizedPair], max_tokens: int, lanes: int) -> list[list[list[TokenizedPair]]]:
+    """Cut pairs into rounds of micro-batches that are computed side by side, `max_tokens` flat tokens a round at most.
+
+    A round has `lanes` micro-batches, as even as can be, so that none waits long for another. Pairs too long for that
+    come first, in rounds of a single micro-batch. Deterministic, as `cut_by_tokens`.
+    """
+    share = max_tokens // lanes
+    long = [[part] for part in cut_by_tokens([pair for pair in pairs if flat_tokens(pair) > share], max_tokens)]
+    others = sorted((pair for pair in pairs if flat_tokens(pair) <= share), key=flat_tokens, reverse=True)
+    parts = cut_by_tokens(others, share)
+    even: list[list[TokenizedPair]] = [[] for _ in range(-(-len(parts) // lanes) * lanes)]
+    for pair in others:
+        min(even, key=_tokens).append(pair)
+    if all(_tokens(part) <= share for part in even):
+        parts = sorted(filter(None, even), key=_tokens, reverse=True)
+    return long + [parts[first : first + lanes] for first in range(0, len(parts), lanes)]
+
+
+def _tokens(pairs: Sequence[TokenizedPair]) -> int:
+    return sum(map(flat_tokens, pairs))
+
+
 def cut_by_padded_tokens(pairs: Sequence[TokenizedPair], max_tokens: int) -> list[list[TokenizedPair]]:
     """The same for a batch in which both sides of a pair are sequences padded to the longest: near lengths together."""
     longest = [max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]

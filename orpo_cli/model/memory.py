@@ -29,13 +29,15 @@ from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.model import attention_cpu
 from orpo_cli.model.device import GIB, device_memory
 from orpo_cli.model.head import CHUNK_ROWS, CPU_TILE, GPU_TILE, Head
+from orpo_cli.model.lanes import lanes_for, trains_in_lanes
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import Recipe
 
 # By device: the token budget beyond which a step gains little, and how many tokens' time a micro-batch costs by itself.
-# Measured on two CPU cores with an 8-layer Llama of width 576, where four times the budget takes a tenth less time and
-# a good deal more memory. Estimated for the others.
-FAST_TOKENS = {"cpu": (1024, 128), "cuda": (16384, 512), "mps": (4096, 256)}
+# Measured on two CPU cores with an 8-layer Llama of width 576, in two lanes. Estimated for the others.
+FAST_TOKENS = {"cpu": (2048, 128), "cuda": (16384, 512), "mps": (4096, 256)}
+# By device, as many as a pass without gradients computes at once.
+SCORING_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 16384}
 # Tokens of a side of the pairs that are tried; what longer ones keep follows from these two.
 _TRIED_LENGTHS = (512, 1024)
 
@@ -98,12 +100,21 @@ class Needs:
     """Bytes that each of these takes besides."""
     longest_pair: int = 0
     """Tokens of the longest pair, where it is known."""
+    cores: int = 1
+    """Those that train in lanes (lanes.py); 1 where all compute the same micro-batch."""
 
     @classmethod
     def of(cls, logprobs: PairLogprobs, max_length: int, optimizer: str | None, *, longest_pair: int = 0) -> Needs:
         """Those of a model with pairs of `max_length` tokens a side; without an optimizer nothing of it is trained."""
         activations = measure_activations(logprobs, max_length)
-        return cls(fixed_memory(logprobs.model, optimizer), activations, *_head_memory(logprobs), longest_pair)
+        in_lanes = optimizer is not None and logprobs.shares_prefix and trains_in_lanes(logprobs.model)
+        return cls(
+            fixed_memory(logprobs.model, optimizer),
+            activations,
+            *_head_memory(logprobs),
+            longest_pair,
+            logprobs.cores if in_lanes else 1,
+        )
 
     @property
     def layers(self) -> int:
@@ -111,22 +122,25 @@ class Needs:
         return len(self.activations.layers)
 
     def training(self, tokens: int, checkpointed: int) -> Memory:
-        """A training step in micro-batches of so many tokens, its first `checkpointed` layers computed twice."""
+        """A training step with so many tokens at once, its first `checkpointed` layers computed twice."""
         # Gradients appear while activations go: beside all of these there are about half a layer's. Of a checkpointed
         # layer, the activations come back; but those of one that is not are gone by then.
         layers = 1.25 if self.layers and checkpointed == self.layers else 0.5
+        lanes = lanes_for(tokens, self.cores)
         return self._with(
             tokens,
+            lanes,
+            gradients=self.fixed.gradients * (1 if lanes == 1 else 1 + lanes),
             activations=math.ceil(tokens * self.activations.of_token(checkpointed)),
-            backward=self.fixed.backward + math.ceil(layers * tokens * self.activations.widest),
+            backward=lanes * self.fixed.backward + math.ceil(layers * tokens * self.activations.widest),
         )
 
     def scoring(self, tokens: int) -> Memory:
         """A pass without gradients: a layer's own activations, one after the other."""
-        return self._with(tokens, backward=self.fixed.backward + math.ceil(tokens * self.activations.widest))
+        return self._with(tokens, 1, backward=self.fixed.backward + math.ceil(tokens * self.activations.widest))
 
-    def _with(self, tokens: int, **parts: int) -> Memory:
-        return replace(self.fixed, logprobs=self.head + tokens * self.head_row, **parts)
+    def _with(self, tokens: int, lanes: int, **parts: int) -> Memory:
+        return replace(self.fixed, logprobs=lanes * self.head + tokens * self.head_row, **parts)
 
 
 # ---- what is there for the whole run ----
@@ -394,11 +408,11 @@ def choose_plan(
 
 
 def scoring_tokens(logprobs: PairLogprobs, recipe: Recipe) -> int:
-    """The token budget of a pass without gradients: the recipe's; for `auto` up to four times what training takes."""
+    """The token budget of a pass without gradients: the recipe's; for `auto` up to SCORING_TOKENS."""
     if recipe.train.max_tokens_per_microbatch != "auto":
         return recipe.train.max_tokens_per_microbatch
     device, longest = logprobs.model.device, 2 * recipe.data.max_length
     needs, available = Needs.of(logprobs, recipe.data.max_length, None), device_memory(device)
-    fast, _ = FAST_TOKENS.get(device.type, FAST_TOKENS["cuda"])
-    budgets = [tokens for tokens in (4 * fast, 2 * fast, fast, fast // 2, fast // 4) if tokens > longest]
+    most = SCORING_TOKENS.get(device.type, SCORING_TOKENS["cuda"])
+    budgets = [tokens for tokens in (most, most // 2, most // 4, most // 8, most // 16) if tokens > longest]
     return next((tokens for tokens in budgets if needs.scoring(tokens).total <= available), longest)

@@ -6,7 +6,7 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -19,6 +19,7 @@ from orpo_cli.data.order import Position
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.errors import Stopped, is_out_of_memory
 from orpo_cli.loss import METRICS, orpo_loss
+from orpo_cli.model.lanes import in_lanes
 from orpo_cli.recipe import Recipe
 from orpo_cli.signals import Noted, noted
 from orpo_cli.terminal import warn
@@ -166,14 +167,15 @@ def leave_if_asked(run: Run, stop: Noted) -> None:
 
 @dataclass(frozen=True)
 class StepData:
-    """One optimizer step: all of its pairs, and this process's share of them as micro-batches, still on the CPU."""
+    """One optimizer step: all of its pairs, and this process's share of them in micro-batches, still on the CPU."""
 
     pairs: list[TokenizedPair]
     position: Position
     """The place in the data after this step."""
     max_tokens: int
-    """Flat tokens that a micro-batch was allowed."""
-    micro_batches: list[FlatBatch]
+    """Flat tokens that were allowed at once."""
+    rounds: list[list[FlatBatch]]
+    """Micro-batches, those together that are computed side by side."""
 
 
 def steps_to_come(run: Run) -> Iterator[StepData]:
@@ -194,13 +196,13 @@ def steps_to_come(run: Run) -> Iterator[StepData]:
 
 
 def cut(run: Run, pairs: list[TokenizedPair], position: Position) -> StepData:
-    """The step of these pairs, this process's share cut into micro-batches of at most `run.max_tokens` tokens."""
+    """The step of these pairs, this process's share cut into rounds of at most `run.max_tokens` tokens."""
     max_tokens = run.max_tokens
-    parts = run.logprobs.micro_batches(run.processes.share(pairs), max_tokens)
-    batches = [flat_batch(part, run.recipe.loss.nll_tokens) for part in parts]
+    rounds = run.logprobs.rounds(run.processes.share(pairs), max_tokens, run.lanes(max_tokens))
+    laid_out = [[flat_batch(part, run.recipe.loss.nll_tokens) for part in parts] for parts in rounds]
     if run.processes.device.type == "cuda":
-        batches = [batch.pinned() for batch in batches]
-    return StepData(pairs, position, max_tokens, batches)
+        laid_out = [[batch.pinned() for batch in batches] for batches in laid_out]
+    return StepData(pairs, position, max_tokens, laid_out)
 
 
 def gradients_within_memory(run: Run, step: int, data: StepData) -> Tensor:
@@ -220,9 +222,13 @@ def gradients_within_memory(run: Run, step: int, data: StepData) -> Tensor:
             told = str(error) or "out of memory"
         if not run.processes.largest(int(told != "")):
             return sums
-        shares = run.processes.shares(data.pairs)
-        tried = [part for share in shares for part in run.logprobs.micro_batches(share, run.max_tokens)]
-        smaller = run.logprobs.smaller_budget(max(tried, key=lambda part: run.logprobs.tokens(*part)), data.pairs)
+        logprobs, lanes = run.logprobs, run.lanes(run.max_tokens)
+        rounds = [
+            [pair for part in parts for pair in part]
+            for share in run.processes.shares(data.pairs)
+            for parts in logprobs.rounds(share, run.max_tokens, lanes)
+        ]
+        smaller = logprobs.smaller_budget(max(rounds, key=lambda pairs: logprobs.tokens(*pairs)), data.pairs)
         if smaller is None or run.recipe.train.max_tokens_per_microbatch != "auto":
             raise MemoryError(told or "out of memory in another process")
         run.progress.max_tokens = smaller
@@ -240,7 +246,9 @@ def step_gradients(run: Run, step: int, data: StepData) -> Tensor:
     seed_everything(recipe.train.seed, step, run.processes.rank)
     nll_total = _nll_total(data.pairs, recipe)
     sums = torch.zeros(len(METRICS) + 1, device=device)
-    for batch in data.micro_batches:
+
+    def loss_of(batch: FlatBatch) -> tuple[Tensor, Tensor]:
+        """A micro-batch's share of the loss, scaled for backward, and of `sums`."""
         batch = batch.to(device)
         logps = run.logprobs(batch)
         nll = -(batch.nll.means(logps) if recipe.loss.nll_reduction == "pair" else batch.nll.sums(logps))
@@ -252,9 +260,22 @@ def step_gradients(run: Run, step: int, data: StepData) -> Tensor:
             nll_total=nll_total,
             pairs=len(data.pairs),
         )
-        run.scaler.scale(loss).backward()
-        sums[:-1] += shares
-        sums[-1] += batch.tokens
+        return run.scaler.scale(loss), torch.cat([shares, shares.new_tensor([batch.tokens])])
+
+    def gradients_of(batch: FlatBatch) -> tuple[Sequence[Tensor | None], Tensor]:
+        """A micro-batch's own gradients, one for each trained parameter, and its share of `sums`."""
+        loss, shares = loss_of(batch)
+        return torch.autograd.grad(loss, run.optimizer.trained, allow_unused=True), shares
+
+    for batches in data.rounds:
+        if len(batches) == 1:
+            loss, shares = loss_of(batches[0])
+            loss.backward()
+            sums += shares
+        else:  # added up in their order, whichever was done first
+            for gradients, shares in in_lanes(gradients_of, batches):
+                run.optimizer.add_gradients(gradients)
+                sums += shares
     return sums
 
 

@@ -70,6 +70,21 @@ class Optimizer:
                 master.grad = torch.zeros_like(master)
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The model's parameters that are trained, in the order of `gradients`."""
+        return list(self.parameters.values())
+
+    def add_gradients(self, gradients: Iterable[Tensor | None]) -> None:
+        """Add gradients that did not come by a backward pass, one for each of `trained`."""
+        for master, gradient in zip(self.masters.values(), gradients, strict=True):
+            if gradient is None:
+                continue
+            if master.grad is None:
+                master.grad = gradient.float()
+            else:
+                _add(master.grad, gradient)
+
     def clip(self) -> Tensor:
         """Scale all gradients to a total norm of at most max_grad_norm; the norm before, on the device."""
         return nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm)

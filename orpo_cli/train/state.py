@@ -12,6 +12,7 @@ from orpo_cli.data.order import Position
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.metrics import MetricsFile
 from orpo_cli.model.build import Built, TextSide
+from orpo_cli.model.lanes import trains_in_lanes
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import Recipe
 from orpo_cli.run_directory import RunDirectory
@@ -76,6 +77,8 @@ class Run:
     optimizer: Optimizer = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
     health: Health = field(init=False)
+    trains_in_lanes: bool = field(init=False)
+    """Whether training, not only scoring, may be computed in lanes."""
 
     def __post_init__(self) -> None:
         self.held_out = self.held_out_set.in_source_order() if self.held_out_set else []
@@ -84,6 +87,7 @@ class Run:
         is_float16 = self.built.base.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=is_float16)
         self.health = Health(self.recipe.loss.beta, self.total_steps)
+        self.trains_in_lanes = trains_in_lanes(self.built.base)
 
     @property
     def logprobs(self) -> PairLogprobs:
@@ -95,6 +99,11 @@ class Run:
         """Flat tokens of a micro-batch, once they are settled."""
         assert self.progress.max_tokens is not None
         return self.progress.max_tokens
+
+    def lanes(self, max_tokens: int) -> int:
+        """How many micro-batches, with `max_tokens` tokens in all, a training step computes side by side."""
+        alone = self.processes.count == 1  # several processes have the cores among them already
+        return self.logprobs.lanes(max_tokens) if alone and self.trains_in_lanes else 1
 
     @property
     def epoch(self) -> float:

@@ -11,6 +11,7 @@ import torch
 from orpo_cli.data.batches import (
     cut_by_padded_tokens,
     cut_by_tokens,
+    cut_into_rounds,
     flat_batch,
     flat_tokens,
     nll_positions,
@@ -170,8 +171,35 @@ def test_micro_batches_hold_every_pair_once_within_the_budget(budget):
     assert len(bins) == 1 or totals[0] + totals[1] > budget
 
 
+@pytest.mark.parametrize("lanes", [2, 3])
+@pytest.mark.parametrize("budget", [6, 100, 200, 400, 100_000])
+def test_rounds_hold_every_pair_once_within_the_budget_and_are_even(budget, lanes):
+    pairs = random_pairs(60, seed=2)
+    rounds = cut_into_rounds(pairs, budget, lanes)
+    assert sorted(p.index for parts in rounds for part in parts for p in part) == list(range(60))
+    sizes = [[sum(map(flat_tokens, part)) for part in parts] for parts in rounds]
+    alone = [parts for parts in rounds if max(map(flat_tokens, parts[0])) > budget // lanes]
+    assert rounds[: len(alone)] == alone  # they come first
+    for parts, of_parts in zip(rounds, sizes, strict=True):
+        if parts in alone:
+            assert len(parts) == 1
+            assert len(parts[0]) == 1 or of_parts[0] <= budget
+        else:
+            assert len(parts) <= lanes
+            assert max(of_parts) <= budget // lanes
+    shared = sizes[len(alone) :]
+    if budget >= 400:
+        assert not alone
+        assert all(len(parts) == lanes for parts in shared)
+        assert max(max(parts) - min(parts) for parts in shared) <= max(map(flat_tokens, pairs)) / 2
+    again = cut_into_rounds(pairs, budget, lanes)
+    indices = [[[p.index for p in part] for part in parts] for parts in rounds]
+    assert [[[p.index for p in part] for part in parts] for parts in again] == indices
+
+
 def test_no_pairs_make_no_micro_batch():
     assert cut_by_tokens([], 100) == []
+    assert cut_into_rounds([], 100, 2) == []
 
 
 def test_what_a_batch_means_does_not_depend_on_its_neighbours():

@@ -268,14 +268,25 @@ def test_what_is_given_is_taken_as_it_is():
     assert long.memory.activations == plan(20_000, max_tokens=10_000, longest_pair=10_000).memory.activations
 
 
+def test_what_is_there_once_a_lane_is_counted_as_often():
+    fixed = replace(NEEDS.fixed, backward=7)
+    one, two = (replace(NEEDS, fixed=fixed, cores=cores).training(1024, 0) for cores in (1, 2))
+    assert two.logprobs == 2 * one.logprobs == 2 * NEEDS.head
+    assert two.backward - one.backward == 7
+    assert two.gradients == 3 * one.gradients  # each lane's, and their sum
+    assert two.activations == one.activations
+    assert replace(NEEDS, cores=2).training(1023, 0) == NEEDS.training(1023, 0)  # too few for two
+    assert replace(NEEDS, cores=2).scoring(4096) == NEEDS.scoring(4096)
+
+
 def test_scoring_takes_more_tokens_at_once_where_they_fit(tiny_recipe, monkeypatch):
     engine = PairLogprobs(llama(torch.float32).requires_grad_(False), shares_prefix=True)
     recipe = load_recipe(tiny_recipe())
-    fast, _ = memory.FAST_TOKENS["cpu"]
-    assert scoring_tokens(engine, recipe) == 4 * fast
+    most = memory.SCORING_TOKENS["cpu"]
+    assert scoring_tokens(engine, recipe) == most
     needs = Needs.of(engine, recipe.data.max_length, None)
-    monkeypatch.setattr(memory, "device_memory", lambda device: needs.scoring(fast).total)
-    assert scoring_tokens(engine, recipe) == fast
+    monkeypatch.setattr(memory, "device_memory", lambda device: needs.scoring(most // 4).total)
+    assert scoring_tokens(engine, recipe) == most // 4
     monkeypatch.setattr(memory, "device_memory", lambda device: 0)
     assert scoring_tokens(engine, recipe) == 2 * recipe.data.max_length
     explicit = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_tokens_per_microbatch": 77})})

@@ -85,6 +85,25 @@ def test_gradients_of_half_precision_weights_add_up_in_float32():
     assert all(p.grad is None for p in model.parameters())  # handed over the moment they were made
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_that_are_handed_in_count_like_those_of_backward(dtype):
+    x = torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+    backward, handed_in = (Optimizer(layers(dtype).named_parameters(), TrainSection()) for _ in range(2))
+    for optimizer in (backward, handed_in):
+        weight, bias, last, last_bias = optimizer.trained
+        for rows in x:
+            loss = (torch.tanh(rows @ weight.t() + bias) @ last.t() + last_bias).square().sum()
+            if optimizer is backward:
+                loss.backward()
+            else:
+                optimizer.add_gradients(torch.autograd.grad(loss, optimizer.trained))
+    handed_in.add_gradients([None] * 4)
+    for one, other in zip(backward.gradients(), handed_in.gradients(), strict=True):
+        assert one.dtype == torch.float32
+        assert one.norm() > 0
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("shape", [(), (7,), (300, 1000), (1, 5000), (3, 0)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradients_of_any_shape_are_added_whole(shape, transposed, monkeypatch):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import date, timedelta
 from pathlib import Path
@@ -35,8 +36,9 @@ from orpo_cli.errors import DataError, InputError, ModelError, RunError
 from orpo_cli.evaluate import evaluate_target
 from orpo_cli.generate import prompt_ids
 from orpo_cli.merge import merge_target
-from orpo_cli.model import memory
+from orpo_cli.model import lanes, memory
 from orpo_cli.model.build import build_for_training, load_text_side, pair_tokenizer
+from orpo_cli.model.lanes import in_lanes
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import load_recipe
 from orpo_cli.run_directory import LOCK, held
@@ -247,6 +249,70 @@ def test_a_step_that_runs_out_of_memory_is_computed_anew_in_smaller_parts(tiny_r
     assert len(files) > 3
     for name in files:
         assert (tmp_path / "given" / name).read_bytes() == (tmp_path / "auto" / name).read_bytes(), name
+    assert losses(tmp_path / "given").tolist() == losses(tmp_path / "auto").tolist()
+
+
+@pytest.fixture
+def short_lanes(monkeypatch) -> Iterator[list[int]]:
+    """Small models and few tokens train in two lanes, however many cores there are; how many went in each round."""
+    together: list[int] = []
+
+    def noted(work, items):
+        together.append(len(items))
+        return in_lanes(work, items)
+
+    monkeypatch.setattr(lanes, "LANE_TOKENS", 100)
+    monkeypatch.setattr(lanes, "TRAINED_SHARE", 1.0)
+    monkeypatch.setattr(loop, "in_lanes", noted)
+    cores = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield together
+    torch.set_num_threads(cores)
+
+
+IN_LANES = {"lora": {"r": 4, "dropout": 0.0}, "train": {"max_tokens_per_microbatch": 200, "save_steps": 2}}
+
+
+def test_lanes_change_only_rounding_and_give_the_same_bytes_again(tiny_recipe, tmp_path, short_lanes, monkeypatch):
+    def run(name: str, start: Start | None = None) -> Path:
+        train(load_recipe(tiny_recipe(**IN_LANES, output={"dir": str(tmp_path / name)})), start)
+        return tmp_path / name
+
+    first = run("first")
+    assert len(short_lanes) > 4
+    assert set(short_lanes) == {2}
+    again = run("again")
+    # Broken off after its second step, it goes on to the same end.
+    shutil.copytree(first, tmp_path / "resumed")
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / f"resumed/checkpoints/step-{step:06}", ignore_errors=True)
+    resumed = run("resumed", Start(resume=True))
+    for other in (again, resumed):
+        for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
+            assert (other / name).read_bytes() == (first / name).read_bytes(), name
+        assert losses(other).tolist() == losses(first).tolist()
+
+    short_lanes.clear()
+    monkeypatch.setattr(lanes, "LANE_TOKENS", 10_000)
+    one = run("one")
+    assert not short_lanes
+    torch.testing.assert_close(losses(one), losses(first), rtol=2e-5, atol=0)
+    mine, theirs = (load_file(run / "adapter/adapter_model.safetensors") for run in (one, first))
+    for name, weight in mine.items():
+        assert (weight - theirs[name]).norm() < 1e-2 * weight.norm(), name
+
+
+def test_memory_that_runs_out_in_a_lane_means_fewer_tokens_at_once(tiny_recipe, tmp_path, short_lanes, monkeypatch):
+    monkeypatch.setitem(memory.FAST_TOKENS, "cpu", (300, 1))
+    with monkeypatch.context() as limited:
+        tried = with_little_memory(limited, 120)
+        train(load_recipe(tiny_recipe(lora=IN_LANES["lora"], output={"dir": str(tmp_path / "auto")})))
+    assert 2 in short_lanes
+    assert any(size > 120 for size in tried)
+    state = json.loads((tmp_path / "auto/checkpoints/step-000004/state.json").read_text())
+    assert state["max_tokens"] <= 150
+    budget = {"max_tokens_per_microbatch": state["max_tokens"]}
+    train(load_recipe(tiny_recipe(lora=IN_LANES["lora"], train=budget, output={"dir": str(tmp_path / "given")})))
     assert losses(tmp_path / "given").tolist() == losses(tmp_path / "auto").tolist()
 
 
