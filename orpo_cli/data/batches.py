@@ -191,23 +191,31 @@ def cut_by_tokens(pairs: Sequence[TokenizedPair], max_tokens: int) -> list[list[
 def cut_into_rounds(pairs: Sequence[TokenizedPair], max_tokens: int, lanes: int) -> list[list[list[TokenizedPair]]]:
     """Cut pairs into rounds of micro-batches that are computed side by side, `max_tokens` flat tokens a round at most.
 
-    A round has `lanes` micro-batches, as even as can be, so that none waits long for another. Pairs too long for that
-    come first, in rounds of a single micro-batch. Deterministic, as `cut_by_tokens`.
+    A round has up to `lanes` micro-batches, each with its even share of those tokens at most; wherever that can be,
+    all have about the same, so that none waits long for another. Pairs longer than such a share come first, in rounds
+    of a single micro-batch, and what fits into one share is left whole. Deterministic, as `cut_by_tokens`.
     """
     share = max_tokens // lanes
-    long = [[part] for part in cut_by_tokens([pair for pair in pairs if flat_tokens(pair) > share], max_tokens)]
-    others = sorted((pair for pair in pairs if flat_tokens(pair) <= share), key=flat_tokens, reverse=True)
-    parts = cut_by_tokens(others, share)
-    even: list[list[TokenizedPair]] = [[] for _ in range(-(-len(parts) // lanes) * lanes)]
-    for pair in others:
-        min(even, key=_tokens).append(pair)
-    if all(_tokens(part) <= share for part in even):
-        parts = sorted(filter(None, even), key=_tokens, reverse=True)
-    return long + [parts[first : first + lanes] for first in range(0, len(parts), lanes)]
+    rounds = [[part] for part in cut_by_tokens([pair for pair in pairs if flat_tokens(pair) > share], max_tokens)]
+    parts = cut_by_tokens([pair for pair in pairs if flat_tokens(pair) <= share], share)
+    if len(parts) > 1:
+        count = -(-len(parts) // lanes) * lanes
+        even = _spread([pair for part in parts for pair in part], count)
+        if sum(map(flat_tokens, even[0])) <= share:
+            parts = even
+    return rounds + [parts[first : first + lanes] for first in range(0, len(parts), lanes)]
 
 
-def _tokens(pairs: Sequence[TokenizedPair]) -> int:
-    return sum(map(flat_tokens, pairs))
+def _spread(pairs: Sequence[TokenizedPair], count: int) -> list[list[TokenizedPair]]:
+    """Pairs in up to `count` parts of about as many flat tokens each, the largest first: longest pair first, each to
+    the part that has least."""
+    parts: list[list[TokenizedPair]] = [[] for _ in range(count)]
+    tokens = [0] * count
+    for length, pair in sorted(((flat_tokens(pair), pair) for pair in pairs), key=lambda x: -x[0]):
+        least = tokens.index(min(tokens))
+        parts[least].append(pair)
+        tokens[least] += length
+    return [parts[i] for i in sorted(range(count), key=lambda i: -tokens[i]) if parts[i]]
 
 
 def cut_by_padded_tokens(pairs: Sequence[TokenizedPair], max_tokens: int) -> list[list[TokenizedPair]]:

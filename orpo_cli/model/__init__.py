@@ -1,5 +1,5 @@
 """Models: loading, LoRA, shared-prefix attention, log-probs.
 
-Reading order: `device`, `load`, `lora`, `fused_lora`, `fused_mlp`, `fused_norm`, `lanes`, `attention_cpu`,
-`attention_ragged`, `attention`, `head`, `logprobs`, `probe`, `build`, `memory`, `outline`.
+Reading order: `device`, `load`, `lora`, `fused_lora`, `fused_mlp`, `fused_norm`, `attention_cpu`,
+`attention_ragged`, `attention`, `head`, `logprobs`, `lanes`, `probe`, `build`, `memory`, `outline`.
 """

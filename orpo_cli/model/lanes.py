@@ -12,59 +12,58 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from peft.tuners.lora import LoraLayer
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 from orpo_cli.model.fused_lora import is_plain
+from orpo_cli.model.logprobs import PairLogprobs
 
 S = TypeVar("S")
 T = TypeVar("T")
 
-# With fewer tokens, a lane's products are too small to be worth it.
-LANE_TOKENS = 512
+# A lane's tokens; with half of them, its products are so much slower that little is gained.
+LANE_TOKENS = 1024
 # A lane has its own gradients: of no more than this share of all weights.
 TRAINED_SHARE = 0.1
 
 
-def lanes_for(max_tokens: int, cores: int) -> int:
-    """Among how many lanes so many tokens at once are shared: one a core, if that leaves each enough."""
-    return max(1, min(cores, max_tokens // LANE_TOKENS))
+def lanes_for(max_tokens: int, most: int) -> int:
+    """Among how many lanes so many tokens at once are shared, `most` at most."""
+    return max(1, min(most, max_tokens // LANE_TOKENS))
 
 
-def trains_in_lanes(model: PreTrainedModel) -> bool:
-    """Whether training may be computed in lanes: by plain adapters, few weights of them, and with nothing drawn.
+def most_lanes(logprobs: PairLogprobs) -> int:
+    """How many lanes training may use at most: one a core. One in all where several processes share the cores already.
 
-    What a pass draws (dropout) comes from one random state, and would depend on which lane came first. Adapters of
-    other kinds may change their module for the time of a pass: peft's of parameters do.
+    So too where a lane would not be by itself. What a pass draws at random (dropout) comes from one random state;
+    frequencies that depend on a batch (those of models that share no prefixes) lie in the model; and adapters that are
+    more than plain may change their module for the time of a pass: peft's of parameters do.
     """
-    numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    trained = sum(n for n, is_trained in numbers if is_trained)
-    return (
-        trained <= TRAINED_SHARE * sum(n for n, _ in numbers)
-        and all(is_plain(module) for module in model.modules() if isinstance(module, LoraLayer))
-        and not _draws_at_random(model)
-    )
+    model = logprobs.model
+    by_itself = model.device.type == "cpu" and not (dist.is_initialized() and dist.get_world_size() > 1)
+    adapters = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    fit = logprobs.shares_prefix and all(map(is_plain, adapters)) and not _draws_at_random(model)
+    return torch.get_num_threads() if by_itself and fit and _trains_little(model) else 1
 
 
 def in_lanes(work: Callable[[S], T], items: Sequence[S]) -> list[T]:
-    """`work` of each item, all at the same time, in threads that share the cores evenly; a single one takes them all.
+    """`work` of each item, all at the same time, in threads that share the cores evenly; the results in their order.
 
-    Gradients are recorded as they are here. When all have ended, the first one's error, if there is any, is raised.
+    When all have ended, the first one's error, if there is any, is raised.
     """
-    if len(items) < 2:
-        return [work(item) for item in items]
-    cores, records_gradients = torch.get_num_threads(), torch.is_grad_enabled()
-
-    def in_lane(item: S) -> T:
-        with torch.set_grad_enabled(records_gradients):  # each thread has a mode of its own
-            return work(item)
-
+    cores = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(len(items), "orpo-lane", torch.set_num_threads, (max(1, cores // len(items)),)) as pool:
-            return list(pool.map(in_lane, items))
+            return list(pool.map(work, items))
     finally:
-        torch.set_num_threads(cores)  # for threads that begin from here on
+        torch.set_num_threads(cores)  # a thread sets its own number, but that of all later threads besides
+
+
+def _trains_little(model: PreTrainedModel) -> bool:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained <= TRAINED_SHARE * sum(p.numel() for p in model.parameters())
 
 
 def _draws_at_random(model: PreTrainedModel) -> bool:

@@ -23,7 +23,6 @@ from orpo_cli.data.batches import FlatBatch, cut_by_padded_tokens, cut_by_tokens
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.model import attention
 from orpo_cli.model.head import Head, target_logps
-from orpo_cli.model.lanes import lanes_for
 
 
 class PairLogprobs(nn.Module):
@@ -43,7 +42,6 @@ class PairLogprobs(nn.Module):
         self.shares_prefix = shares_prefix
         self.ragged = ragged
         self.full_logits = full_logits
-        self.cores = torch.get_num_threads() if model.device.type == "cpu" else 1
         if shares_prefix:  # for good: gradient checkpointing runs the layers again in backward
             model.set_attn_implementation(attention.NAME)
 
@@ -97,10 +95,6 @@ class PairLogprobs(nn.Module):
     def micro_batches(self, pairs: Sequence[TokenizedPair], max_tokens: int) -> list[list[TokenizedPair]]:
         """Cut pairs into micro-batches of at most `max_tokens` tokens, padding counted where there is some."""
         return cut_by_tokens(pairs, max_tokens) if self.shares_prefix else cut_by_padded_tokens(pairs, max_tokens)
-
-    def lanes(self, max_tokens: int) -> int:
-        """Among how many micro-batches so many tokens at once may be shared out, to be computed in lanes (lanes.py)."""
-        return lanes_for(max_tokens, self.cores) if self.shares_prefix else 1
 
     def rounds(self, pairs: Sequence[TokenizedPair], max_tokens: int, lanes: int) -> list[list[list[TokenizedPair]]]:
         """Cut pairs into micro-batches, and those into rounds of up to `lanes` that have `max_tokens` tokens in all."""

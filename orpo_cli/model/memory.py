@@ -29,12 +29,12 @@ from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.model import attention_cpu
 from orpo_cli.model.device import GIB, device_memory
 from orpo_cli.model.head import CHUNK_ROWS, CPU_TILE, GPU_TILE, Head
-from orpo_cli.model.lanes import lanes_for, trains_in_lanes
+from orpo_cli.model.lanes import lanes_for, most_lanes
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import Recipe
 
 # By device: the token budget beyond which a step gains little, and how many tokens' time a micro-batch costs by itself.
-# Measured on two CPU cores with an 8-layer Llama of width 576, in two lanes. Estimated for the others.
+# Measured on two CPU cores with Llamas of width 576, in lanes and not. Estimated for the others.
 FAST_TOKENS = {"cpu": (2048, 128), "cuda": (16384, 512), "mps": (4096, 256)}
 # By device, as many as a pass without gradients computes at once.
 SCORING_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 16384}
@@ -53,7 +53,7 @@ class Memory:
     masters: int = 0
     """Float32 copies of trained weights that compute in half precision."""
     gradients: int = 0
-    """In float32."""
+    """In float32; those of each lane, and their sum."""
     optimizer: int = 0
     """Its moments."""
     activations: int = 0
@@ -100,33 +100,27 @@ class Needs:
     """Bytes that each of these takes besides."""
     longest_pair: int = 0
     """Tokens of the longest pair, where it is known."""
-    cores: int = 1
-    """Those that train in lanes (lanes.py); 1 where all compute the same micro-batch."""
+    most_lanes: int = 1
+    """How many lanes training may use (lanes.py)."""
 
     @classmethod
     def of(cls, logprobs: PairLogprobs, max_length: int, optimizer: str | None, *, longest_pair: int = 0) -> Needs:
         """Those of a model with pairs of `max_length` tokens a side; without an optimizer nothing of it is trained."""
         activations = measure_activations(logprobs, max_length)
-        in_lanes = optimizer is not None and logprobs.shares_prefix and trains_in_lanes(logprobs.model)
-        return cls(
-            fixed_memory(logprobs.model, optimizer),
-            activations,
-            *_head_memory(logprobs),
-            longest_pair,
-            logprobs.cores if in_lanes else 1,
-        )
+        lanes = 1 if optimizer is None else most_lanes(logprobs)
+        fixed, head = fixed_memory(logprobs.model, optimizer), _head_memory(logprobs)
+        return cls(fixed, activations, *head, longest_pair, lanes)
 
     @property
     def layers(self) -> int:
         """Layers that can be checkpointed."""
         return len(self.activations.layers)
 
-    def training(self, tokens: int, checkpointed: int) -> Memory:
-        """A training step with so many tokens at once, its first `checkpointed` layers computed twice."""
+    def training(self, tokens: int, checkpointed: int, lanes: int = 1) -> Memory:
+        """A training step with so many tokens at once, in lanes, its first `checkpointed` layers computed twice."""
         # Gradients appear while activations go: beside all of these there are about half a layer's. Of a checkpointed
         # layer, the activations come back; but those of one that is not are gone by then.
         layers = 1.25 if self.layers and checkpointed == self.layers else 0.5
-        lanes = lanes_for(tokens, self.cores)
         return self._with(
             tokens,
             lanes,
@@ -335,7 +329,7 @@ class Plan:
     """How a run uses its device."""
 
     max_tokens: int
-    """Flat tokens of a micro-batch."""
+    """Flat tokens computed at once."""
     checkpointed_layers: int
     layers: int
     memory: Memory
@@ -395,7 +389,13 @@ def choose_plan(
     counts = range(needs.layers + 1) if checkpointed_layers is None else [checkpointed_layers]
     step = pairs * longest_pair
     plans = [
-        Plan(tokens, count, needs.layers, needs.training(min(max(tokens, longest_pair), step), count), available)
+        Plan(
+            tokens,
+            count,
+            needs.layers,
+            needs.training(min(max(tokens, longest_pair), step), count, lanes_for(tokens, needs.most_lanes)),
+            available,
+        )
         for tokens in budgets
         for count in counts
     ]

@@ -198,7 +198,7 @@ def steps_to_come(run: Run) -> Iterator[StepData]:
 def cut(run: Run, pairs: list[TokenizedPair], position: Position) -> StepData:
     """The step of these pairs, this process's share cut into rounds of at most `run.max_tokens` tokens."""
     max_tokens = run.max_tokens
-    rounds = run.logprobs.rounds(run.processes.share(pairs), max_tokens, run.lanes(max_tokens))
+    rounds = run.rounds(run.processes.share(pairs), max_tokens)
     laid_out = [[flat_batch(part, run.recipe.loss.nll_tokens) for part in parts] for parts in rounds]
     if run.processes.device.type == "cuda":
         laid_out = [[batch.pinned() for batch in batches] for batches in laid_out]
@@ -222,13 +222,12 @@ def gradients_within_memory(run: Run, step: int, data: StepData) -> Tensor:
             told = str(error) or "out of memory"
         if not run.processes.largest(int(told != "")):
             return sums
-        logprobs, lanes = run.logprobs, run.lanes(run.max_tokens)
-        rounds = [
+        tried = [
             [pair for part in parts for pair in part]
             for share in run.processes.shares(data.pairs)
-            for parts in logprobs.rounds(share, run.max_tokens, lanes)
+            for parts in run.rounds(share, run.max_tokens)
         ]
-        smaller = logprobs.smaller_budget(max(rounds, key=lambda pairs: logprobs.tokens(*pairs)), data.pairs)
+        smaller = run.logprobs.smaller_budget(max(tried, key=lambda pairs: run.logprobs.tokens(*pairs)), data.pairs)
         if smaller is None or run.recipe.train.max_tokens_per_microbatch != "auto":
             raise MemoryError(told or "out of memory in another process")
         run.progress.max_tokens = smaller
@@ -246,6 +245,7 @@ def step_gradients(run: Run, step: int, data: StepData) -> Tensor:
     seed_everything(recipe.train.seed, step, run.processes.rank)
     nll_total = _nll_total(data.pairs, recipe)
     sums = torch.zeros(len(METRICS) + 1, device=device)
+    scale = run.scaler.scale(torch.ones((), device=device))
 
     def loss_of(batch: FlatBatch) -> tuple[Tensor, Tensor]:
         """A micro-batch's share of the loss, scaled for backward, and of `sums`."""
@@ -260,7 +260,7 @@ def step_gradients(run: Run, step: int, data: StepData) -> Tensor:
             nll_total=nll_total,
             pairs=len(data.pairs),
         )
-        return run.scaler.scale(loss), torch.cat([shares, shares.new_tensor([batch.tokens])])
+        return scale * loss, torch.cat([shares, shares.new_tensor([batch.tokens])])
 
     def gradients_of(batch: FlatBatch) -> tuple[Sequence[Tensor | None], Tensor]:
         """A micro-batch's own gradients, one for each trained parameter, and its share of `sums`."""
@@ -272,10 +272,13 @@ def step_gradients(run: Run, step: int, data: StepData) -> Tensor:
             loss, shares = loss_of(batches[0])
             loss.backward()
             sums += shares
-        else:  # added up in their order, whichever was done first
-            for gradients, shares in in_lanes(gradients_of, batches):
-                run.optimizer.add_gradients(gradients)
-                sums += shares
+            continue
+        lanes = in_lanes(gradients_of, batches)
+        while lanes:  # added up in their order, whichever was done first, and let go
+            gradients, shares = lanes.pop(0)
+            run.optimizer.add_gradients(gradients)
+            sums += shares
+            del gradients
     return sums
 
 

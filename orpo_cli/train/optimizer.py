@@ -81,7 +81,7 @@ class Optimizer:
             if gradient is None:
                 continue
             if master.grad is None:
-                master.grad = gradient.float()
+                master.grad = gradient.to(torch.float32, copy=True)  # added to in place, and not ours
             else:
                 _add(master.grad, gradient)
 

@@ -32,7 +32,7 @@ def rehearse(run: Run) -> None:
     with random_states_kept(device):
         of_process = math.ceil(recipe.train.batch_size / count)
         longest = longest_pairs(run.logprobs, run.train_set, recipe.data.max_length, of_process)
-        pairs = largest_rounds(run, longest, run.lanes(run.max_tokens))
+        pairs = largest(run.logprobs, run.rounds(longest, run.max_tokens))
         run.optimizer.gradients()
         moments = 0 if run.optimizer.adamw.state else fixed_memory(run.logprobs.model, recipe.train.optimizer).optimizer
         room = torch.empty(moments, dtype=torch.uint8, device=device)
@@ -42,7 +42,7 @@ def rehearse(run: Run) -> None:
         run.optimizer.zero_grad()
         if run.held_out:
             longest = sorted(run.held_out, key=run.logprobs.tokens, reverse=True)
-            pairs = largest_rounds(run, longest, lanes=1)
+            pairs = largest(run.logprobs, [[part] for part in run.logprobs.micro_batches(longest, run.max_tokens)])
             score_together(run, [pair for pair in pairs for _ in range(count)], Noted())
         del room
 
@@ -54,10 +54,9 @@ def longest_pairs(logprobs: PairLogprobs, pairs: PairSet, max_length: int, count
     return [made_up_pair(max_length, logprobs.model.config.get_text_config().vocab_size)] * count
 
 
-def largest_rounds(run: Run, longest: Sequence[TokenizedPair], lanes: int) -> list[TokenizedPair]:
-    """Of the longest pairs, those of the first round, which has the longest, and those of the one with most tokens."""
-    rounds = [
-        [pair for part in parts for pair in part] for parts in run.logprobs.rounds(longest, run.max_tokens, lanes)
-    ]
-    fullest = max(rounds, key=lambda pairs: run.logprobs.tokens(*pairs))
-    return rounds[0] if fullest is rounds[0] else rounds[0] + fullest
+def largest(logprobs: PairLogprobs, rounds: Sequence[Sequence[Sequence[TokenizedPair]]]) -> list[TokenizedPair]:
+    """Pairs that are computed at once with the longest of all, and those of the round with most tokens."""
+    together = [[pair for part in parts for pair in part] for parts in rounds]
+    with_longest = max(together, key=lambda pairs: max(map(logprobs.tokens, pairs)))
+    fullest = max(together, key=lambda pairs: logprobs.tokens(*pairs))
+    return with_longest if fullest is with_longest else with_longest + fullest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from orpo_cli.data.order import Position
 from orpo_cli.data.tokenize import TokenizedPair
 from orpo_cli.metrics import MetricsFile
 from orpo_cli.model.build import Built, TextSide
-from orpo_cli.model.lanes import trains_in_lanes
+from orpo_cli.model.lanes import lanes_for, most_lanes
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.recipe import Recipe
 from orpo_cli.run_directory import RunDirectory
@@ -41,7 +42,7 @@ class Progress:
     recent_losses: list[float] = field(default_factory=list)
     """The finite ones of the last steps, as far back as spikes.py looks."""
     max_tokens: int | None = None
-    """Flat tokens of a micro-batch: the recipe's, or what `auto` has come to, fewer where memory ran out."""
+    """Flat tokens computed at once: the recipe's, or what `auto` has come to, fewer where memory ran out."""
     checkpointed_layers: int | None = None
     """Layers under gradient checkpointing that `auto` came to."""
     best_step: int | None = None
@@ -77,8 +78,7 @@ class Run:
     optimizer: Optimizer = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
     health: Health = field(init=False)
-    trains_in_lanes: bool = field(init=False)
-    """Whether training, not only scoring, may be computed in lanes."""
+    most_lanes: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.held_out = self.held_out_set.in_source_order() if self.held_out_set else []
@@ -87,7 +87,7 @@ class Run:
         is_float16 = self.built.base.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=is_float16)
         self.health = Health(self.recipe.loss.beta, self.total_steps)
-        self.trains_in_lanes = trains_in_lanes(self.built.base)
+        self.most_lanes = most_lanes(self.built.logprobs)
 
     @property
     def logprobs(self) -> PairLogprobs:
@@ -96,14 +96,13 @@ class Run:
 
     @property
     def max_tokens(self) -> int:
-        """Flat tokens of a micro-batch, once they are settled."""
+        """Flat tokens computed at once, when they are settled."""
         assert self.progress.max_tokens is not None
         return self.progress.max_tokens
 
-    def lanes(self, max_tokens: int) -> int:
-        """How many micro-batches, with `max_tokens` tokens in all, a training step computes side by side."""
-        alone = self.processes.count == 1  # several processes have the cores among them already
-        return self.logprobs.lanes(max_tokens) if alone and self.trains_in_lanes else 1
+    def rounds(self, pairs: Sequence[TokenizedPair], max_tokens: int) -> list[list[list[TokenizedPair]]]:
+        """Pairs of a training step in micro-batches, those together that are computed at once."""
+        return self.logprobs.rounds(pairs, max_tokens, lanes_for(max_tokens, self.most_lanes))
 
     @property
     def epoch(self) -> float:

@@ -11,7 +11,8 @@ from orpo_cli.data.batches import flat_batch
 from orpo_cli.model import lanes
 from orpo_cli.model.fused_lora import fuse_lora
 from orpo_cli.model.fused_norm import fuse_norms
-from orpo_cli.model.lanes import in_lanes, lanes_for, trains_in_lanes
+from orpo_cli.model.lanes import in_lanes, lanes_for, most_lanes
+from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.model.lora import add_lora
 from orpo_cli.model.memory import checkpoint_layers
 from orpo_cli.model.probe import Fitness
@@ -22,7 +23,7 @@ from tests.tiny import random_pairs, tiny_model
 
 @pytest.mark.parametrize(
     ("tokens", "cores", "expected"),
-    [(1, 2, 1), (511, 8, 1), (1024, 1, 1), (1023, 2, 1), (1024, 2, 2), (2048, 2, 2), (2048, 16, 4), (8192, 16, 16)],
+    [(1, 2, 1), (1023, 8, 1), (2048, 1, 1), (2047, 2, 1), (2048, 2, 2), (8192, 2, 2), (4096, 16, 4), (16384, 16, 16)],
 )
 def test_a_lane_has_a_core_and_enough_tokens(tokens, cores, expected):
     assert lanes_for(tokens, cores) == expected
@@ -39,34 +40,25 @@ def test_all_run_at_once_and_come_back_in_their_order():
     results = in_lanes(work, [1, 2, 3])
     assert [number for number, _ in results] == [1, 2, 3]
     assert len({thread for _, thread in results} | {threading.get_ident()}) == 4
-    assert in_lanes(lambda _: threading.get_ident(), [0]) == [threading.get_ident()]
-    assert in_lanes(work, []) == []
+
+
+def test_lanes_of_several_cores_give_the_same_bits_again():
+    torch.set_num_threads(4)
+    model = with_adapters(tiny_model("llama"), "llama")
+    fuse_lora(model)
+    assert_lanes_change_nothing(model, Fitness.of(model).logprobs(model))
 
 
 def test_lanes_share_the_cores_and_leave_them_as_they_were():
-    cores = torch.get_num_threads()
     torch.set_num_threads(4)
-    try:
-        assert in_lanes(lambda _: torch.get_num_threads(), [1, 2]) == [2, 2]
-        assert in_lanes(lambda _: torch.get_num_threads(), [1, 2, 3]) == [1, 1, 1]
-        assert in_lanes(lambda _: torch.get_num_threads(), [1]) == [4]
-        assert torch.get_num_threads() == 4
-        later = []
-        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
-        thread.start()
-        thread.join()
-        assert later == [4]
-    finally:
-        torch.set_num_threads(cores)
-
-
-def test_gradients_are_recorded_as_outside():
-    def recorded(_):
-        return torch.is_grad_enabled()
-
-    assert in_lanes(recorded, [1, 2]) == [True, True]
-    with torch.no_grad():
-        assert in_lanes(recorded, [1, 2]) == [False, False]
+    assert in_lanes(lambda _: torch.get_num_threads(), [1, 2]) == [2, 2]
+    assert in_lanes(lambda _: torch.get_num_threads(), [1, 2, 3]) == [1, 1, 1]
+    assert torch.get_num_threads() == 4
+    later = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [4]
 
 
 def test_the_first_error_is_raised_when_all_have_ended():
@@ -81,6 +73,21 @@ def test_the_first_error_is_raised_when_all_have_ended():
     with pytest.raises(MemoryError, match="of two"):
         in_lanes(work, [1, 2, 3])
     assert sorted(ended) == [1, 3]
+
+
+@pytest.fixture(autouse=True)
+def two_cores():
+    cores = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(cores)
+
+
+def trains_in_lanes(model) -> bool:
+    lanes = most_lanes(PairLogprobs(model, shares_prefix=True))
+    assert lanes in (1, torch.get_num_threads())
+    assert most_lanes(PairLogprobs(model, shares_prefix=False)) == 1
+    return lanes > 1
 
 
 def test_lanes_are_for_few_weights_and_nothing_drawn(monkeypatch):

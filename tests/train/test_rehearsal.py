@@ -16,7 +16,8 @@ from orpo_cli.model.memory import made_up_pair
 from orpo_cli.recipe import load_recipe
 from orpo_cli.train import run as training
 from orpo_cli.train.distributed import random_states_kept, seed_everything
-from orpo_cli.train.rehearsal import rehearse
+from orpo_cli.train.rehearsal import largest, rehearse
+from tests.tiny import tiny_model
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -75,6 +76,19 @@ def test_no_later_micro_batch_has_a_longer_pair(tiny_recipe, monkeypatch, stream
         assert len(tried) < len(later)
     if streaming:
         assert max(size for size, grad in sizes[True] if grad) == flat_tokens(made_up_pair(128, 100)) == 255
+
+
+def test_the_longest_pair_is_tried_wherever_it_stands():
+    lengths = [1000, *[512] * 15]
+    pairs = [made_up_pair(length // 2, 100) for length in lengths]
+    logprobs = PairLogprobs(tiny_model("llama"), shares_prefix=True)
+    rounds = logprobs.rounds(pairs, 2048, lanes=2)
+    longest = max(pairs, key=flat_tokens)
+    assert all(pair is not longest for part in rounds[0] for pair in part)  # else this would show nothing
+    tried = largest(logprobs, rounds)
+    assert any(pair is longest for pair in tried)
+    most = max(sum(flat_tokens(pair) for part in parts for pair in part) for parts in rounds)
+    assert sum(map(flat_tokens, tried)) >= most
 
 
 def test_random_states_are_what_they_were():

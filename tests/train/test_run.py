@@ -258,10 +258,11 @@ def short_lanes(monkeypatch) -> Iterator[list[int]]:
     together: list[int] = []
 
     def noted(work, items):
+        assert len(items) == 2
         together.append(len(items))
         return in_lanes(work, items)
 
-    monkeypatch.setattr(lanes, "LANE_TOKENS", 100)
+    monkeypatch.setattr(lanes, "LANE_TOKENS", 75)
     monkeypatch.setattr(lanes, "TRAINED_SHARE", 1.0)
     monkeypatch.setattr(loop, "in_lanes", noted)
     cores = torch.get_num_threads()
@@ -270,7 +271,7 @@ def short_lanes(monkeypatch) -> Iterator[list[int]]:
     torch.set_num_threads(cores)
 
 
-IN_LANES = {"lora": {"r": 4, "dropout": 0.0}, "train": {"max_tokens_per_microbatch": 200, "save_steps": 2}}
+IN_LANES = {"lora": {"r": 4, "dropout": 0.0}, "train": {"max_tokens_per_microbatch": 150, "save_steps": 2}}
 
 
 def test_lanes_change_only_rounding_and_give_the_same_bytes_again(tiny_recipe, tmp_path, short_lanes, monkeypatch):
@@ -279,14 +280,15 @@ def test_lanes_change_only_rounding_and_give_the_same_bytes_again(tiny_recipe, t
         return tmp_path / name
 
     first = run("first")
-    assert len(short_lanes) > 4
-    assert set(short_lanes) == {2}
+    rounds = len(short_lanes)
+    assert rounds > 4
     again = run("again")
     # Broken off after its second step, it goes on to the same end.
     shutil.copytree(first, tmp_path / "resumed")
-    for step in (3, 4):
-        shutil.rmtree(tmp_path / f"resumed/checkpoints/step-{step:06}", ignore_errors=True)
+    shutil.rmtree(tmp_path / "resumed/checkpoints/step-000004")
+    short_lanes.clear()
     resumed = run("resumed", Start(resume=True))
+    assert 1 < len(short_lanes) < rounds
     for other in (again, resumed):
         for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
             assert (other / name).read_bytes() == (first / name).read_bytes(), name
