@@ -148,8 +148,9 @@ def _of_evaluation(logprobs: PairLogprobs, needs: Needs, plan: Plan, held_out: P
     """Within the run: what is there for training stays, but for gradients."""
     if held_out is None or not held_out.held:
         return None
-    longest = max(logprobs.tokens(pair) for pair in held_out.held.values())
-    scoring = replace(needs.scoring(max(longest, plan.max_tokens)), gradients=0)
+    tokens = [logprobs.tokens(pair) for pair in held_out.held.values()]
+    at_once = min(max(max(tokens), plan.max_tokens), sum(tokens))
+    scoring = replace(needs.scoring(at_once), gradients=0)
     return _by_part(replace(plan, memory=scoring))
 
 

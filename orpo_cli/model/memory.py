@@ -347,6 +347,11 @@ class Plan:
         """Whether the device has what is needed, by estimate."""
         return self.memory.total <= self.available
 
+    @property
+    def is_roomy(self) -> bool:
+        """Whether it has twice that."""
+        return 2 * self.memory.total <= self.available
+
     def summary(self) -> dict[str, Any]:
         """What the manifest says of it: bytes by part."""
         return {

@@ -102,7 +102,9 @@ def train_in(directory: RunDirectory, recipe: Recipe, start: Start, processes: P
     words = "--resume goes on from the newest checkpoint, if there is one"
     trackers = told_to_trackers(run.metrics, recipe, directory.trackers)
     with out_of_memory_explained(run), files_closed(run), last_words(words), trackers:
-        rehearse(run)
+        # On a CPU it takes seconds, and of the estimate it is known that it is not far off.
+        if not (plan.is_roomy and processes.device.type == "cpu"):
+            rehearse(run)
         train_steps(run)
         record["weights_of_step"] = load_best(run)
         if run.held_out and run.last_scores is None:  # resumed after its last step, or with other weights than those

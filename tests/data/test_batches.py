@@ -190,8 +190,10 @@ def test_rounds_hold_every_pair_once_within_the_budget_and_are_even(budget, lane
     shared = sizes[len(alone) :]
     if budget >= 400:
         assert not alone
-        assert all(len(parts) == lanes for parts in shared)
+        assert all(len(parts) == lanes for parts in shared) or [len(parts) for parts in shared] == [1]
         assert max(max(parts) - min(parts) for parts in shared) <= max(map(flat_tokens, pairs)) / 2
+    if budget == 100_000:
+        assert len(rounds) == len(rounds[0]) == 1  # left whole
     again = cut_into_rounds(pairs, budget, lanes)
     indices = [[[p.index for p in part] for part in parts] for parts in rounds]
     assert [[[p.index for p in part] for part in parts] for parts in again] == indices

@@ -282,6 +282,12 @@ def test_what_is_there_once_a_lane_is_counted_as_often():
     assert replace(NEEDS, most_lanes=2).scoring(4096) == NEEDS.scoring(4096)
 
 
+def test_twice_the_memory_is_roomy():
+    needed = plan(60_000).memory.total
+    assert replace(plan(60_000), available=2 * needed).is_roomy
+    assert not replace(plan(60_000), available=2 * needed - 1).is_roomy
+
+
 def test_scoring_takes_more_tokens_at_once_where_they_fit(tiny_recipe, monkeypatch):
     engine = PairLogprobs(llama(torch.float32).requires_grad_(False), shares_prefix=True)
     recipe = load_recipe(tiny_recipe())

@@ -12,12 +12,18 @@ import torch
 from orpo_cli.data.batches import flat_tokens
 from orpo_cli.metrics import comparable, read_metrics
 from orpo_cli.model.logprobs import PairLogprobs
-from orpo_cli.model.memory import made_up_pair
+from orpo_cli.model.memory import Plan, made_up_pair
 from orpo_cli.recipe import load_recipe
 from orpo_cli.train import run as training
 from orpo_cli.train.distributed import random_states_kept, seed_everything
 from orpo_cli.train.rehearsal import largest, rehearse
 from tests.tiny import tiny_model
+
+
+@pytest.fixture(autouse=True)
+def little_memory(monkeypatch):
+    """So that there is a rehearsal."""
+    monkeypatch.setattr(Plan, "is_roomy", False)
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -76,6 +82,15 @@ def test_no_later_micro_batch_has_a_longer_pair(tiny_recipe, monkeypatch, stream
         assert len(tried) < len(later)
     if streaming:
         assert max(size for size, grad in sizes[True] if grad) == flat_tokens(made_up_pair(128, 100)) == 255
+
+
+def test_where_there_is_room_on_a_cpu_there_is_none(tiny_recipe, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(training, "rehearse", lambda run: calls.append(run))
+    for roomy in (True, False):
+        monkeypatch.setattr(Plan, "is_roomy", roomy)
+        training.train(load_recipe(tiny_recipe(output={"dir": str(tmp_path / str(roomy))})))
+        assert len(calls) == int(not roomy)
 
 
 def test_the_longest_pair_is_tried_wherever_it_stands():

@@ -806,6 +806,7 @@ def killed_with_all_metrics(monkeypatch) -> None:
 
 
 def killed_before_the_first_step(monkeypatch) -> None:
+    monkeypatch.setattr(memory.Plan, "is_roomy", False)
     monkeypatch.setattr(run_module, "rehearse", kill)
 
 
