@@ -11,7 +11,7 @@ import pytest
 from orpo_cli.malloc import keep_freed_memory
 
 AGAIN = """
-import resource, sys
+import resource, sys, threading
 import torch
 from orpo_cli.malloc import keep_freed_memory
 if sys.argv[1] == "keep":
@@ -22,15 +22,23 @@ for _ in range(20):
     use()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
-    use()
+    if "thread" in sys.argv:
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+    else:
+        use()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is another one")
-def test_a_buffer_asked_for_again_is_not_taken_from_the_kernel_again():
+@pytest.mark.parametrize("where", ["here", "thread"])
+def test_a_buffer_asked_for_again_is_not_taken_from_the_kernel_again(where):
+    """Nor in a thread, where it would not have been this one's."""
+
     def faults(how: str) -> int:
-        done = subprocess.run([sys.executable, "-c", AGAIN, how], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-c", AGAIN, how, where], capture_output=True, text=True, check=True)
         return int(done.stdout)
 
     assert faults("keep") < faults("give back") / 10
@@ -50,7 +58,8 @@ def test_a_c_library_that_takes_a_lower_threshold_gets_it(monkeypatch):
             return 1
 
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.31"))
-    for most, taken in ((2**26, {-3: 2**26, -1: 2**30}), (2**25, {-3: 2**25, -1: 2**30}), (2**20, {})):
+    kept = {-1: 2**30, -8: 1}
+    for most, taken in ((2**26, {-3: 2**26, **kept}), (2**25, {-3: 2**25, **kept}), (2**20, {})):
         libc = Older(most)
         monkeypatch.setattr(ctypes, "CDLL", lambda name, libc=libc: libc)
         keep_freed_memory()
