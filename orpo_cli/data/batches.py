@@ -207,8 +207,10 @@ def cut_into_rounds(pairs: Sequence[TokenizedPair], max_tokens: int, lanes: int)
 
 
 def _spread(pairs: Sequence[TokenizedPair], count: int) -> list[list[TokenizedPair]]:
-    """Pairs in up to `count` parts of about as many flat tokens each, the largest first: longest pair first, each to
-    the part that has least."""
+    """Pairs in up to `count` parts of about as many flat tokens each, the largest part first.
+
+    The longest pair first, each to the part that has least.
+    """
     parts: list[list[TokenizedPair]] = [[] for _ in range(count)]
     tokens = [0] * count
     for length, pair in sorted(((flat_tokens(pair), pair) for pair in pairs), key=lambda x: -x[0]):

@@ -42,10 +42,12 @@ def most_lanes(logprobs: PairLogprobs) -> int:
     more than plain may change their module for the time of a pass: peft's of parameters do.
     """
     model = logprobs.model
-    by_itself = model.device.type == "cpu" and not (dist.is_initialized() and dist.get_world_size() > 1)
+    in_group = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     adapters = [module for module in model.modules() if isinstance(module, LoraLayer)]
     fit = logprobs.shares_prefix and all(map(is_plain, adapters)) and not _draws_at_random(model)
-    return torch.get_num_threads() if by_itself and fit and _trains_little(model) else 1
+    return (
+        torch.get_num_threads() if model.device.type == "cpu" and not in_group and fit and _trains_little(model) else 1
+    )
 
 
 def in_lanes(work: Callable[[S], T], items: Sequence[S]) -> list[T]:

@@ -79,6 +79,7 @@ class Run:
     scaler: torch.amp.GradScaler = field(init=False)
     health: Health = field(init=False)
     most_lanes: int = field(init=False)
+    """How many micro-batches a training step may compute side by side."""
 
     def __post_init__(self) -> None:
         self.held_out = self.held_out_set.in_source_order() if self.held_out_set else []
