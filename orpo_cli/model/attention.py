@@ -2,8 +2,8 @@
 
 A pair lies in the flat row as `shared | chosen | rejected` (data/batches.py). Two causal attentions make it whole:
 shared + chosen over themselves, and rejected over shared + rejected (Wang, Hegde 2024, arXiv 2410.20305). On a GPU all
-of a batch's are one call of a ragged kernel (attention_ragged.py). Otherwise they are computed branch by branch: short
-ones on a CPU by plain products (attention_cpu.py), all others by scaled_dot_product_attention.
+of a batch's are one call of a ragged kernel (attention_ragged.py). On a CPU, short ones are plain products, block by
+block (attention_cpu.py). All others are computed branch by branch, by scaled_dot_product_attention.
 
 The function is registered with transformers under NAME, with no mask function beside it: then no mask is built, and
 the `layout` given to the model's forward reaches it in every layer, also under gradient checkpointing.
@@ -39,7 +39,15 @@ class Layout:
         self.segments = segments
         offered = ragged and attention_ragged.is_offered(device)
         self.ragged = attention_ragged.Ragged.of(segments, device) if offered else None
+        self._blocks: dict[tuple[int | None, torch.dtype], list[attention_cpu.Block]] = {}
         self._visible: dict[tuple[int, int, int | None], Tensor] = {}
+
+    def blocks(self, sliding_window: int | None, dtype: torch.dtype) -> list[attention_cpu.Block]:
+        """The row cut for attention_cpu."""
+        kind = (sliding_window, dtype)
+        if kind not in self._blocks:
+            self._blocks[kind] = attention_cpu.blocks_of(self.segments, sliding_window, dtype)
+        return self._blocks[kind]
 
     def visible(self, queries: int, keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
         """Which of K keys each of the last Q tokens sees, (Q, K) bool: those up to itself, within the window."""
@@ -76,6 +84,9 @@ def shared_prefix_attention(
         raise CannotShareError("its attention has sinks")
     if layout.ragged is not None and not dropout and attention_ragged.takes(query, value):
         return layout.ragged.attention(query, key, value, scaling, sliding_window), None
+    if not dropout and attention_cpu.takes(query, layout.segments):
+        blocks = layout.blocks(sliding_window, query.dtype)
+        return attention_cpu.attention(query, key, value, blocks, scaling), None
     return _branch_by_branch(query, key, value, layout, scaling, dropout, sliding_window), None
 
 
@@ -93,8 +104,6 @@ def _branch_by_branch(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (1, H, Q, D) are the last Q of k's and v's (1, G, K, D) tokens."""
         queries, keys = q.shape[2], k.shape[2]
-        if attention_cpu.is_faster(q, k) and not dropout:
-            return attention_cpu.folded_attention(q, k, v, scaling, sliding_window)
         masked = queries < keys or (sliding_window is not None and keys > sliding_window)
         shares_keys = q.shape[1] != k.shape[1]
         if masked and shares_keys and q.device.type == "cuda":

@@ -1,65 +1,146 @@
-"""Attention of one branch on a CPU.
+"""Shared-prefix attention of a flat row on a CPU, by batched products over blocks of queries.
 
-Shapes: H query heads, G key/value heads, D head size; Q queries, the last of K tokens.
+scaled_dot_product_attention has a kernel that is made for long sequences. On those of pairs it takes two to five times
+as long, forward and backward, as products and a softmax written out, the heads that share a key head folded into one.
+
+Shapes: T tokens, H query heads, G key/value heads, D head size; Q queries and K keys of a block.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-# Up to this many keys, plain products are faster than the kernel.
+from orpo_cli.data.batches import Segment
+
+# With branches of up to this many tokens, products are faster than the kernel.
 FOLDED_KEYS = 2048
-# Queries are taken in blocks of about this many, each with the keys up to its own last one: of a long branch's
-# products, almost half would be of keys that lie ahead.
-BLOCK = 256
+# Queries of a block, about: each block has keys up to its own last token, so that of a long branch's products not half
+# are of keys that lie ahead. Of a pair of no more tokens than PAIR, both branches are one block: some products of
+# the one with the other's keys cost less than more, and smaller, blocks.
+BLOCK, PAIR = 128, 256
 
 
-def is_faster(q: Tensor, k: Tensor) -> bool:
-    """Whether q (1, H, Q, D) and k (1, G, K, D) are for `folded_attention`."""
-    return q.device.type == "cpu" and k.shape[2] <= FOLDED_KEYS
+@dataclass(frozen=True)
+class Block:
+    """Neighbouring queries of one pair, and all keys that one of them sees."""
+
+    queries: slice
+    keys: Sequence[slice]
+    """One run of tokens; two for a rejected branch, which continues the shared tokens."""
+    unseen: Tensor
+    """(Q, N), of the last N keys: -inf where a query does not see a key, 0 where it does. Those before, all see."""
 
 
-def folded_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, sliding_window: int | None) -> Tensor:
-    """Attention by batched products, the heads that share a key head folded into one: (1, H, Q, D).
-
-    Two to five times as fast, forward and backward, as scaled_dot_product_attention, whose kernel is made for long
-    sequences; keeps the (H, Q, K) probabilities for backward.
-    """
-    q = q * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    count = round(q.shape[2] / BLOCK)
-    if count < 2:
-        return _block(q, k, v, sliding_window)
-    blocks = q.split(-(-q.shape[2] // count), dim=2)
-    outputs = []
-    last = k.shape[2] - q.shape[2]
-    for block in blocks:
-        last += block.shape[2]
-        outputs.append(_block(block, k[:, :, :last], v[:, :, :last], sliding_window))
-    return torch.cat(outputs, dim=2)
+def takes(query: Tensor, segments: Sequence[Segment]) -> bool:
+    """Whether `attention` is for queries (1, H, T, D) of such pairs."""
+    longest = max(s.shared + max(s.chosen, s.rejected) for s in segments)
+    return query.device.type == "cpu" and longest <= FOLDED_KEYS
 
 
-def _block(q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None) -> Tensor:
-    (heads, queries), (key_heads, keys) = q.shape[1:3], k.shape[1:3]
-    scores = torch.bmm(q.reshape(key_heads, -1, q.shape[-1]), k[0].transpose(1, 2))  # (G, H / G * Q, K)
-    # Without a window, only the keys beside the queries themselves can lie ahead of one.
-    first = keys - queries if sliding_window is None else 0
-    unseen = _unseen(sliding_window, q.dtype)[keys - queries : keys, first:keys]
-    scores.view(-1, queries, keys)[..., first:].add_(unseen)
-    return torch.bmm(scores.softmax(-1), v[0]).view(1, heads, queries, -1)
+def blocks_of(segments: Sequence[Segment], sliding_window: int | None, dtype: torch.dtype) -> list[Block]:
+    """The blocks that all pairs of a flat row are cut into, for scores of this dtype."""
+    blocks = []
+    for s in segments:
+        chosen, rejected = s.start + s.shared, s.start + s.shared + s.chosen
+        cuts: list[tuple[slice, list[slice]]] = []
+        if s.stop - s.start <= PAIR:
+            cuts.append((slice(s.start, s.stop), [slice(s.start, s.stop)]))
+        else:
+            shared = slice(s.start, chosen)
+            cuts += [(part, [slice(s.start, part.stop)]) for part in _cut(s.start, rejected)]
+            cuts += [(part, [shared, slice(rejected, part.stop)]) for part in _cut(rejected, s.stop)]
+        for queries, keys in cuts:
+            blocks.append(Block(queries, keys, _unseen(s, queries, keys, sliding_window, dtype)))
+    return blocks
 
 
-@lru_cache(maxsize=8)
-def _unseen(sliding_window: int | None, dtype: torch.dtype) -> Tensor:
-    """(FOLDED_KEYS, FOLDED_KEYS): 0 where a key is seen, -inf where it is not; every shorter branch's is a corner."""
-    seen = torch.ones(FOLDED_KEYS, FOLDED_KEYS, dtype=torch.bool).tril_()
+def attention(query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], scaling: float | None) -> Tensor:
+    """query (1, H, T, D), key and value (1, G, T, D) -> (1, T, H, D). Keeps the probabilities, (H, Q, K) a block."""
+    return _Blocks.apply(query, key, value, blocks, query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+
+def _cut(start: int, stop: int) -> list[slice]:
+    """Parts of about BLOCK tokens each, all but the last one of the same size."""
+    size = -(-(stop - start) // max(1, round((stop - start) / BLOCK)))
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+
+def _unseen(
+    segment: Segment, queries: slice, keys: Sequence[slice], sliding_window: int | None, dtype: torch.dtype
+) -> Tensor:
+    chosen, rejected = segment.start + segment.shared, segment.start + segment.shared + segment.chosen
+    q = np.arange(queries.start, queries.stop)[:, None]
+    k = np.concatenate([np.arange(run.start, run.stop) for run in keys])
+    unseen = (k > q) | ((q >= rejected) & (chosen <= k) & (k < rejected))
     if sliding_window is not None:
-        seen.triu_(1 - sliding_window)
-    return torch.zeros(FOLDED_KEYS, FOLDED_KEYS, dtype=dtype).masked_fill_(~seen, float("-inf"))
+        apart = q - k - segment.chosen * ((q >= rejected) & (k < chosen))
+        unseen |= apart >= sliding_window
+    unseen = unseen[:, unseen.any(0).argmax() :]
+    return torch.zeros(unseen.shape, dtype=dtype).masked_fill_(torch.from_numpy(unseen), float("-inf"))
 
 
-def forget() -> None:
-    """Give up the masks that were made."""
-    _unseen.cache_clear()
+class _Blocks(torch.autograd.Function):
+    """One function for the whole row: hundreds of small steps of autograd's own would take longer than some products.
+
+    Each block is copied out, so that its products find rows one behind the other.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,  # (1, H, T, D)
+        key: Tensor,  # (1, G, T, D)
+        value: Tensor,  # (1, G, T, D)
+        blocks: Sequence[Block],
+        scaling: float,
+    ) -> Tensor:
+        (heads, tokens), key_heads = query.shape[1:3], key.shape[1]
+        output = value.new_empty(1, tokens, heads, value.shape[-1])
+        kept = []
+        for block in blocks:
+            q = query[0, :, block.queries]
+            q = torch.mul(q, scaling, out=q.new_empty(q.shape)).view(key_heads, -1, q.shape[-1])  # (G, H / G * Q, D)
+            k, v = _gather(key[0], block.keys), _gather(value[0], block.keys)  # (G, K, D)
+            scores = torch.bmm(q, k.transpose(1, 2))  # (G, H / G * Q, K)
+            scores.view(heads, -1, k.shape[1])[..., -block.unseen.shape[1] :].add_(block.unseen)
+            p = scores.softmax(-1)
+            output[0, block.queries] = torch.bmm(p, v).view(heads, -1, v.shape[-1]).transpose(0, 1)
+            if any(ctx.needs_input_grad):
+                kept += [q, k, v, p]
+        ctx.save_for_backward(*kept)
+        ctx.blocks, ctx.scaling, ctx.shapes = blocks, scaling, (query.shape, key.shape, value.shape)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        d_output = upstream[0][0].transpose(0, 1)  # (H, T, D)
+        # In memory as what they are the gradients of: token by token.
+        d_query, d_key, d_value = (d_output.new_zeros(s[0], s[2], s[1], s[3]).transpose(1, 2) for s in ctx.shapes)
+        kept = iter(ctx.saved_tensors)
+        for block, q, k, v, p in zip(ctx.blocks, kept, kept, kept, kept, strict=True):
+            d_out = d_output[:, block.queries].reshape(len(v), -1, v.shape[-1])  # (G, H / G * Q, D)
+            d_p = torch.bmm(d_out, v.transpose(1, 2))
+            d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype)
+            d_q = torch.bmm(d_scores, k).view(d_query.shape[1], -1, q.shape[-1])
+            torch.mul(d_q, ctx.scaling, out=d_query[0, :, block.queries])
+            _scatter(torch.bmm(d_scores.transpose(1, 2), q), d_key[0], block.keys)
+            _scatter(torch.bmm(p.transpose(1, 2), d_out), d_value[0], block.keys)
+        return d_query, d_key, d_value, None, None
+
+
+def _gather(tensor: Tensor, runs: Sequence[slice]) -> Tensor:
+    """The runs of tokens of a (G, T, D), one behind the other: (G, K, D)."""
+    return torch.cat([tensor[:, run] for run in runs], dim=1)
+
+
+def _scatter(gathered: Tensor, into: Tensor, runs: Sequence[slice]) -> None:
+    """Add (G, K, D) to the runs of a (G, T, D) that it was gathered from."""
+    parts = gathered.split([run.stop - run.start for run in runs], dim=1)
+    for run, part in zip(runs, parts, strict=True):
+        into[:, run] += part

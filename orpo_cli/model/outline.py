@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from orpo_cli.model import attention_cpu
 from orpo_cli.model.build import Built, TextSide, rows_to_train
 from orpo_cli.model.fused_lora import fuse_lora
 from orpo_cli.model.fused_mlp import fuse_mlps
@@ -68,10 +67,7 @@ def outline(recipe: Recipe, text: TextSide, device: torch.device) -> Iterator[Bu
         unwanted = section.shared_prefix is False or section.attn_implementation != "auto"
         not_shared = "the recipe says so" if unwanted else why_not_flat(base)
         fitness = Fitness(not_shared, None, None)
-        try:
-            yield Built(model, fitness.logprobs(base), trained, fitness)
-        finally:
-            attention_cpu.forget()  # a mask that holds nothing must not be taken for one that does
+        yield Built(model, fitness.logprobs(base), trained, fitness)
 
 
 def _pretend(model: nn.Module, device: torch.device) -> None:

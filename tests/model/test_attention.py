@@ -110,6 +110,7 @@ def test_every_way_is_attention_over_the_whole_row(
         monkeypatch.setattr(attention_cpu, "FOLDED_KEYS", 0)
     if way == "folded in blocks":
         monkeypatch.setattr(attention_cpu, "BLOCK", 3)
+        monkeypatch.setattr(attention_cpu, "PAIR", 10)
     layout = Layout(ROW, CPU, ragged=way == "ragged")
 
     def attend(q, k, v):
