@@ -10,7 +10,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
+from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -49,6 +50,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The base's tokenizer."""
     with _explained(section):
+        _ask_hub(section)
         tokenizer = AutoTokenizer.from_pretrained(
             section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
@@ -61,6 +63,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 def load_config(section: ModelSection) -> PreTrainedConfig:
     """The base's configuration; reads no weights."""
     with _explained(section):
+        _ask_hub(section)
         config = AutoConfig.from_pretrained(
             section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
@@ -70,6 +73,16 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
             "remove attn_implementation from its config.json; if you trust it, set model.trust_remote_code: true",
         )
     return config
+
+
+def _ask_hub(section: ModelSection) -> None:
+    """Ask the hub, once, for a model that is not here; where it cannot be reached, the libraries ask for a minute."""
+    name = section.name_or_path
+    if not Path(name).exists() and not is_path(name) and base_revision(section) is None:
+        with suppress(EntryNotFoundError):  # what is there instead, the libraries know to tell
+            huggingface_hub.get_hf_file_metadata(
+                huggingface_hub.hf_hub_url(name, "config.json", revision=section.revision)
+            )
 
 
 def base_revision(section: ModelSection) -> str | None:

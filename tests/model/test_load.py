@@ -167,31 +167,33 @@ def test_of_large_weights_their_size_beginning_end_and_pieces_count(tmp_path):
     assert len(set(found)) == 4
 
 
+LOADING = """
+import sys, torch
+from orpo_cli.errors import ModelError
+from orpo_cli.model.load import base_revision, load_model, load_tokenizer
+from orpo_cli.recipe import ModelSection
+for name in sys.argv[1:]:
+    try:
+        section = ModelSection(name_or_path=name)
+        tokenizer = load_tokenizer(section)
+        model = load_model(section, torch.device("cpu"))
+        print(name, len(tokenizer), model.num_parameters(), base_revision(section))
+    except ModelError as error:
+        print(name, error.message, "|", error.hint)
+"""
+
+
+def load_from(url: str, home: Path, *names: str) -> subprocess.CompletedProcess[str]:
+    """What loading models of a hub prints, a line each."""
+    command = [sys.executable, "-c", LOADING, *names]
+    return subprocess.run(command, env=hub_environment(url, home), capture_output=True, text=True, timeout=120)
+
+
 def test_a_base_and_tokenizer_come_from_the_hub(tiny_base, tmp_path):
     """Against a stand-in that serves a repository's files as the hub does; also what is gated or absent."""
     files = {p.name: p.read_bytes() for p in tiny_base.iterdir() if p.is_file()}
-    code = (
-        "import sys, torch\n"
-        "from orpo_cli.errors import ModelError\n"
-        "from orpo_cli.model.load import base_revision, load_model, load_tokenizer\n"
-        "from orpo_cli.recipe import ModelSection\n"
-        "for name in sys.argv[1:]:\n"
-        "    try:\n"
-        "        section = ModelSection(name_or_path=name)\n"
-        "        tokenizer = load_tokenizer(section)\n"
-        "        model = load_model(section, torch.device('cpu'))\n"
-        "        print(name, len(tokenizer), model.num_parameters(), base_revision(section))\n"
-        "    except ModelError as error:\n"
-        "        print(name, error.message, '|', error.hint)\n"
-    )
     with hub({"some/model": files, "some/gated": files}, gated=frozenset({"some/gated"})) as url:
-        done = subprocess.run(
-            [sys.executable, "-c", code, "some/model", "some/gated", "some/absent"],
-            env=hub_environment(url, tmp_path),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = load_from(url, tmp_path, "some/model", "some/gated", "some/absent")
     lines = done.stdout.splitlines()
     assert len(lines) == 3, done.stderr
     assert lines[0].startswith("some/model 259 ")
@@ -199,6 +201,13 @@ def test_a_base_and_tokenizer_come_from_the_hub(tiny_base, tmp_path):
     assert "is gated" in lines[1]
     assert "HF_TOKEN" in lines[1]
     assert "no model some/absent" in lines[2]
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path):
+    done = load_from("http://127.0.0.1:9", tmp_path, "some/model")
+    assert done.stdout.startswith("some/model some/model cannot be loaded from the hub: "), done.stderr
+    assert "check the name and the network" in done.stdout
+    assert "Retry" not in done.stderr
 
 
 def grown(tiny_base: Path, tokens: list[str], tied: bool = False):
