@@ -32,9 +32,9 @@ from orpo_cli.errors import DataError
 from orpo_cli.files import to_json, to_json_lines, write_file
 from orpo_cli.generate import Sampling, Speaker
 from orpo_cli.malloc import keep_freed_memory
+from orpo_cli.model.budget import scoring_tokens
 from orpo_cli.model.build import TextSide, build_for_scoring, context_tokens, load_text_side, pair_tokenizer
 from orpo_cli.model.load import classifier_section, load_classifier, load_tokenizer
-from orpo_cli.model.memory import scoring_tokens
 from orpo_cli.recipe import LossSection, Recipe, load_recipe
 from orpo_cli.scores import (
     Scores,

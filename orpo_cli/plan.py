@@ -16,10 +16,12 @@ from orpo_cli.data.dataset import PairSet
 from orpo_cli.errors import RunError
 from orpo_cli.malloc import keep_freed_memory
 from orpo_cli.merge import merged_bytes
+from orpo_cli.model.budget import Plan
 from orpo_cli.model.build import TextSide, build_for_training
+from orpo_cli.model.checkpointing import checkpoint_layers
 from orpo_cli.model.device import GIB, device_memory, process_memory
 from orpo_cli.model.logprobs import PairLogprobs
-from orpo_cli.model.memory import Needs, Plan, checkpoint_layers
+from orpo_cli.model.memory import Needs
 from orpo_cli.model.outline import outline, packed
 from orpo_cli.recipe import Recipe
 from orpo_cli.recipe.checks import overruled

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from orpo_cli.metrics import comparable, read_metrics
@@ -16,6 +17,11 @@ from orpo_cli.metrics import comparable, read_metrics
 def rows(run: Path) -> list[dict]:
     """The run's metrics without times and memory."""
     return [comparable(row) for row in read_metrics(run / "metrics.jsonl")]
+
+
+def losses(run: Path) -> torch.Tensor:
+    """The loss of each step."""
+    return torch.tensor([row["loss"] for row in rows(run) if "loss" in row])
 
 
 def contents(directory: Path) -> dict[Path, bytes]:

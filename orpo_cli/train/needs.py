@@ -10,8 +10,9 @@ import torch
 from orpo_cli.data.dataset import PairSet
 from orpo_cli.errors import ModelError
 from orpo_cli.merge import merged_bytes
+from orpo_cli.model.budget import Plan, choose_plan
 from orpo_cli.model.build import Built
-from orpo_cli.model.memory import Needs, Plan, choose_plan
+from orpo_cli.model.memory import Needs
 from orpo_cli.recipe import Recipe
 from orpo_cli.train.rehearsal import longest_pairs
 from orpo_cli.train.state import Progress

@@ -13,9 +13,9 @@ import torch
 from orpo_cli import __version__
 from orpo_cli.data.dataset import PairSet
 from orpo_cli.inspect import pair_pieces
+from orpo_cli.model.budget import Plan
 from orpo_cli.model.build import Built, TextSide
 from orpo_cli.model.load import base_content, base_revision
-from orpo_cli.model.memory import Plan
 from orpo_cli.recipe import Recipe
 from orpo_cli.recipe.checks import overruled
 from orpo_cli.redact import redact

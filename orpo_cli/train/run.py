@@ -13,9 +13,10 @@ from orpo_cli.errors import InputError, RunError, is_out_of_memory
 from orpo_cli.files import require_space, to_json, write_file
 from orpo_cli.malloc import keep_freed_memory
 from orpo_cli.metrics import MetricsFile, read_metrics
+from orpo_cli.model.budget import Plan
 from orpo_cli.model.build import build_for_training
+from orpo_cli.model.checkpointing import checkpoint_layers
 from orpo_cli.model.device import device_memory, process_memory
-from orpo_cli.model.memory import Plan, checkpoint_layers
 from orpo_cli.recipe import Recipe, dump_recipe
 from orpo_cli.report.trackers import told_to_trackers
 from orpo_cli.run_directory import RunDirectory, day_of

@@ -9,12 +9,12 @@ from torch import nn
 
 from orpo_cli.data.batches import flat_batch
 from orpo_cli.model import lanes
+from orpo_cli.model.checkpointing import checkpoint_layers
 from orpo_cli.model.fused_lora import fuse_lora
 from orpo_cli.model.fused_norm import fuse_norms
 from orpo_cli.model.lanes import in_lanes, lanes_for, most_lanes
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.model.lora import add_lora
-from orpo_cli.model.memory import checkpoint_layers
 from orpo_cli.model.probe import Fitness
 from orpo_cli.recipe import LoraSection
 from tests.model.test_logprobs import SHARING, quantised, with_adapters

@@ -1,4 +1,4 @@
-"""Estimates against what a step really allocates; plans that fit; checkpointing that changes nothing."""
+"""Estimates against what a step really allocates."""
 
 from __future__ import annotations
 
@@ -14,22 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from orpo_cli.data.batches import flat_batch
 from orpo_cli.model import memory
+from orpo_cli.model.checkpointing import checkpoint_layers, checkpointable_layers
 from orpo_cli.model.load import load_model
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.model.lora import add_lora
-from orpo_cli.model.memory import (
-    Activations,
-    Memory,
-    Needs,
-    checkpoint_layers,
-    checkpointable_layers,
-    choose_plan,
-    fixed_memory,
-    scoring_tokens,
-)
-from orpo_cli.recipe import LoraSection, ModelSection, TrainSection, load_recipe
+from orpo_cli.model.memory import Memory, Needs, fixed_memory
+from orpo_cli.recipe import LoraSection, ModelSection, TrainSection
 from orpo_cli.train.optimizer import Optimizer
-from tests.tiny import FAMILIES, random_pairs, tiny_model
+from tests.tiny import FAMILIES, tiny_model
 
 CPU = torch.device("cpu")
 LENGTH, PAIRS = 200, 4
@@ -195,110 +187,6 @@ def test_every_family_is_measured(family):
     needs = Needs.of(engine, 40, "adamw")
     assert needs.layers == model.config.get_text_config().num_hidden_layers
     assert all(kept > needs.activations.layer_input for kept in needs.activations.layers)
-
-
-# Gradient checkpointing
-
-
-@pytest.mark.parametrize("shares_prefix", [True, False])
-def test_any_number_of_checkpointed_layers_gives_the_same_gradients(shares_prefix):
-    batch, results = flat_batch(random_pairs(4, seed=3, vocabulary=2000), "response"), []
-    for count in range(5):
-        model = llama(torch.float32).train()
-        checkpoint_layers(model, count)
-        assert sum(layer.gradient_checkpointing for layer in checkpointable_layers(model)) == count
-        calls = []
-        first = checkpointable_layers(model)[0].input_layernorm
-        first.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        PairLogprobs(model, shares_prefix)(batch).sum().backward()
-        assert len(calls) == (2 if count else 1)
-        results.append({name: p.grad for name, p in model.named_parameters()})
-    for gradients in results[1:]:
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, results[0][name], rtol=1e-6, atol=1e-6)
-
-
-# The choice
-
-NEEDS = Needs(
-    fixed=Memory(weights=1000, gradients=100, optimizer=200),
-    activations=Activations(layers=(1.0,) * 8, layer_input=0.1, outside=0.2, widest=1.0),
-    head=50,
-    head_row=0,
-)
-
-
-def plan(available: int, **changes):
-    arguments = {"longest_pair": 512, "pairs": 1000, "recomputed": 0.5, **changes}
-    return choose_plan(NEEDS, CPU, available, **arguments)
-
-
-def test_the_less_memory_the_slower_the_plan_and_each_fits():
-    plans = [plan(available) for available in range(60_000, 1_000, -100)]
-    roomy, tight = plans[0], [p for p in plans if p.fits][-1]
-    assert (roomy.max_tokens, roomy.checkpointed_layers) == (memory.FAST_TOKENS["cpu"][0], 0)
-    assert tight.max_tokens == 512
-    assert tight.checkpointed_layers >= 7  # the last layer's activations are there in any case
-    times = [(1 + 128 / p.max_tokens) * (1 + 0.5 * p.checkpointed_layers / 8) for p in plans if p.fits]
-    assert times == sorted(times)
-    assert len(set(times)) > 8  # a budget of its own, and a number of layers, for many a size
-    assert len({p.checkpointed_layers for p in plans}) > 4
-    for p in plans:
-        assert p.memory.total == NEEDS.training(p.max_tokens, p.checkpointed_layers).total
-        assert p.fits == (p.memory.total <= p.available)
-    # What does not fit is not for want of a plan that would.
-    least = min(NEEDS.training(512, count).total for count in range(9))
-    assert all(p.fits == (p.available >= least) for p in plans)
-    assert not plans[-1].fits
-    assert plans[-1].memory.total == least
-
-
-def test_what_is_given_is_taken_as_it_is():
-    assert plan(60_000, max_tokens=100, checkpointed_layers=3).max_tokens == 100
-    assert plan(60_000, max_tokens=100).memory == NEEDS.training(512, 0)  # a pair is never split
-    assert plan(60_000, max_tokens=100_000, pairs=4).memory == NEEDS.training(4 * 512, 0)  # nor a step enlarged
-    crowded = plan(8_000, max_tokens=2048)
-    assert crowded.fits
-    assert 0 < crowded.checkpointed_layers < 8
-    assert plan(2_000, checkpointed_layers=0).checkpointed_layers == 0
-    assert not plan(2_000, checkpointed_layers=0).fits
-    long = plan(20_000, longest_pair=10_000)  # longer than what is fast: a micro-batch of its own, and planned for
-    assert long.max_tokens == memory.FAST_TOKENS["cpu"][0] < 10_000
-    assert long.memory.activations == plan(20_000, max_tokens=10_000, longest_pair=10_000).memory.activations
-
-
-def test_what_is_there_once_a_lane_is_counted_as_often():
-    fixed = replace(NEEDS.fixed, backward=7)
-    one, two = (replace(NEEDS, fixed=fixed).training(1024, 0, lanes) for lanes in (1, 2))
-    assert two.logprobs == 2 * one.logprobs == 2 * NEEDS.head
-    assert two.backward - one.backward == 7
-    assert two.gradients == 3 * one.gradients  # each lane's, and their sum
-    assert two.activations == one.activations
-    planned = choose_plan(
-        replace(NEEDS, most_lanes=2), CPU, 10**6, longest_pair=512, pairs=1, recomputed=0.5, max_tokens=2048
-    )
-    assert planned.memory == NEEDS.training(512, 0, 2)  # by the budget, as the run does, not by what there is to do
-    assert replace(NEEDS, most_lanes=2).scoring(4096) == NEEDS.scoring(4096)
-
-
-def test_twice_the_memory_is_roomy():
-    needed = plan(60_000).memory.total
-    assert replace(plan(60_000), available=2 * needed).is_roomy
-    assert not replace(plan(60_000), available=2 * needed - 1).is_roomy
-
-
-def test_scoring_takes_more_tokens_at_once_where_they_fit(tiny_recipe, monkeypatch):
-    engine = PairLogprobs(llama(torch.float32).requires_grad_(False), shares_prefix=True)
-    recipe = load_recipe(tiny_recipe())
-    most = memory.SCORING_TOKENS["cpu"]
-    assert scoring_tokens(engine, recipe) == most
-    needs = Needs.of(engine, recipe.data.max_length, None)
-    monkeypatch.setattr(memory, "device_memory", lambda device: needs.scoring(most // 4).total)
-    assert scoring_tokens(engine, recipe) == most // 4
-    monkeypatch.setattr(memory, "device_memory", lambda device: 0)
-    assert scoring_tokens(engine, recipe) == 2 * recipe.data.max_length
-    explicit = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_tokens_per_microbatch": 77})})
-    assert scoring_tokens(engine, explicit) == 77
 
 
 def test_the_parts_add_up_but_for_what_is_never_there_together():

@@ -11,8 +11,9 @@ import torch
 
 from orpo_cli.data.batches import flat_tokens
 from orpo_cli.metrics import comparable, read_metrics
+from orpo_cli.model.budget import Plan
 from orpo_cli.model.logprobs import PairLogprobs
-from orpo_cli.model.memory import Plan, made_up_pair
+from orpo_cli.model.memory import made_up_pair
 from orpo_cli.recipe import load_recipe
 from orpo_cli.train import run as training
 from orpo_cli.train.distributed import random_states_kept, seed_everything
