@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from warnings import catch_warnings, filterwarnings
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from orpo_cli.errors import ModelError
 from orpo_cli.model.load import embedding_names, is_path
@@ -21,7 +25,7 @@ def add_lora(model: PreTrainedModel, section: LoraSection, trained_rows: list[in
     """Put adapters into the model, to be trained; the base is frozen.
 
     `trained_rows` are the token ids whose embedding rows are trained beside the adapters. Initial values come from
-    torch's random state. Raises ModelError when nothing matches `target_modules`.
+    torch's random state. Raises ModelError for names that the model has not.
     """
     if section.adapter is not None:
         adapted = load_adapter(model, section.adapter, trainable=True)
@@ -53,17 +57,42 @@ def add_lora(model: PreTrainedModel, section: LoraSection, trained_rows: list[in
         rank_pattern={**section.rank_pattern},
         trainable_token_indices=dict.fromkeys(names, trained_rows) if trained_rows and names else None,
     )
-    linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    hint = f"lora.target_modules may be all-linear or some of: {', '.join(sorted(linear))}"
-    # peft takes a list's names as the ends of module paths, and says nothing of one that ends none.
-    ends = [f".{name}" for name, _ in model.named_modules()]
-    targets = [] if isinstance(section.target_modules, str) else section.target_modules
-    if missing := [target for target in targets if not any(end.endswith(f".{target}") for end in ends)]:
-        raise ModelError(f"lora.target_modules: no module is called {' or '.join(missing)}", hint)
+    _check_names(model, section)
     try:
-        return get_peft_model(model, config)
+        with catch_warnings():
+            filterwarnings("ignore", message="The following rank_pattern keys")  # told below, as an error
+            adapted = get_peft_model(model, config)
     except (ValueError, TypeError) as error:
-        raise ModelError(f"LoRA cannot be added: {' '.join(str(error).split())[:300]}", hint) from error
+        raise ModelError(f"LoRA cannot be added: {_in_a_line(error)}", _targets_hint(model)) from error
+    ranked = [name for name, module in adapted.base_model.model.named_modules() if isinstance(module, LoraLayer)]
+    for pattern in section.rank_pattern:  # as peft matches them
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in ranked):
+            raise ModelError(f"lora.rank_pattern: no layer with an adapter is called {pattern}", _targets_hint(model))
+    return adapted
+
+
+def _check_names(model: PreTrainedModel, section: LoraSection) -> None:
+    """Raise ModelError for a name that is no module's: peft takes the others and says nothing of it."""
+    ends = [f".{name}" for name, _ in model.named_modules()]
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        names = getattr(section, key)
+        names = [] if isinstance(names, str) else names
+        if missing := [name for name in names if not any(end.endswith(f".{name}") for end in ends)]:
+            hint = _targets_hint(model)
+            if key == "modules_to_save":
+                hint = f"it takes any module of the model, say {' or '.join(filter(None, embedding_names(model)))}"
+            raise ModelError(f"lora.{key}: no module is called {' or '.join(missing)}", hint)
+
+
+def names_modules(section: LoraSection) -> bool:
+    """Whether the section speaks of single modules, which a model may not have."""
+    named = section.exclude_modules or section.modules_to_save or section.rank_pattern
+    return section.adapter is None and (bool(named) or section.target_modules != "all-linear")
+
+
+def _targets_hint(model: nn.Module) -> str:
+    linear = {n.rpartition(".")[2] for n, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    return f"the model's linear layers are called {', '.join(sorted(linear))}; all-linear takes all but the head"
 
 
 def _check_rows(model: PeftModel, rows: list[int], adapter: str) -> None:
@@ -87,7 +116,7 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, trainable: bo
         return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
     except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise ModelError(
-            f"the adapter {directory} does not fit the base: {' '.join(str(error).split())[:300]}",
+            f"the adapter {directory} does not fit the base: {_in_a_line(error)}",
             "an adapter goes with the base it was trained on",
         ) from error
 
@@ -131,8 +160,12 @@ def _downloaded(name: str) -> Path:
             f"the adapter {name} is not in the local cache, and the hub cannot be reached", hint
         ) from error
     except (OSError, ValueError) as error:  # the hub's own errors are kinds of these
-        why = "" if isinstance(error, HFValidationError) else f": {' '.join(str(error).split())[:200]}"
+        why = "" if isinstance(error, HFValidationError) else f": {_in_a_line(error)}"
         raise ModelError(f"there is no adapter {name}{why}", hint) from error
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def save_adapter(model: PeftModel, directory: Path, *, base: str, revision: str) -> None:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from orpo_cli.errors import OrpoError
 from orpo_cli.model.build import Built, TextSide, rows_to_train
 from orpo_cli.model.fused_lora import fuse_lora
 from orpo_cli.model.fused_mlp import fuse_mlps
 from orpo_cli.model.fused_norm import fuse_norms
 from orpo_cli.model.load import FreshRows, checked_config, compute_dtype
-from orpo_cli.model.lora import add_lora
+from orpo_cli.model.lora import add_lora, names_modules
 from orpo_cli.model.memory import Memory
 from orpo_cli.model.probe import Fitness, why_not_flat
 from orpo_cli.recipe import Recipe
@@ -38,15 +39,8 @@ def outline(recipe: Recipe, text: TextSide, device: torch.device) -> Iterator[Bu
     Raises ModelError as build_for_training does.
     """
     section = recipe.model
-    config = checked_config(section)
-    arguments = {} if section.attn_implementation == "auto" else {"attn_implementation": section.attn_implementation}
+    base = _without_weights(section, device)
     with torch.device("meta"):
-        base: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config,
-            dtype=compute_dtype(section, config, device),
-            trust_remote_code=section.trust_remote_code,
-            **arguments,
-        ).train()
         rows = base.get_input_embeddings().weight.shape[0]
         if len(text.tokenizer) > rows:
             base.resize_token_embeddings(len(text.tokenizer), mean_resizing=False)
@@ -68,6 +62,34 @@ def outline(recipe: Recipe, text: TextSide, device: torch.device) -> Iterator[Bu
         not_shared = "the recipe says so" if unwanted else why_not_flat(base)
         fitness = Fitness(not_shared, None, None)
         yield Built(model, fitness.logprobs(base), trained, fitness)
+
+
+def check_lora(recipe: Recipe, device: torch.device) -> None:
+    """Raise ModelError for an adapter that the model has no place for, before any data is read or weights loaded."""
+    if recipe.lora is None or not names_modules(recipe.lora):
+        return
+    try:
+        base = _without_weights(recipe.model, device)
+    except OrpoError:
+        raise
+    except Exception:  # a model's own code may need numbers: what is wrong then, building it with its weights tells
+        return
+    with torch.device("meta"):
+        add_lora(base, recipe.lora, [])
+
+
+def _without_weights(section: ModelSection, device: torch.device) -> PreTrainedModel:
+    """The base on the meta device, in the dtype that it would compute in on another one."""
+    config = checked_config(section)
+    arguments = {} if section.attn_implementation == "auto" else {"attn_implementation": section.attn_implementation}
+    with torch.device("meta"):
+        base: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config,
+            dtype=compute_dtype(section, config, device),
+            trust_remote_code=section.trust_remote_code,
+            **arguments,
+        )
+    return base.train()
 
 
 def _pretend(model: nn.Module, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from orpo_cli.generate import check_sample_prompts
 from orpo_cli.model.build import TextSide, check_max_length, open_text_and_data, pair_tokenizer
 from orpo_cli.model.load import load_config
 from orpo_cli.model.lora import adapter_directory
+from orpo_cli.model.outline import check_lora
 from orpo_cli.recipe import Recipe
 from orpo_cli.recipe.gather import Faults
 from orpo_cli.report.trackers import check_trackers
@@ -35,6 +36,8 @@ def load_inputs(
         load_config(recipe.model)
         with faults.at("data.max_length"):
             check_max_length(recipe.model, recipe.data.max_length)
+        with faults.at("lora"):
+            check_lora(recipe, device)
     text, sources = open_text_and_data(recipe, faults)
     if text is not None:
         with faults.at("train.sample_prompts"):

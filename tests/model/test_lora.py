@@ -1,6 +1,7 @@
 """Adapters: what peft is asked for, and what is written for it to read."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -84,6 +85,21 @@ def test_a_target_that_matches_nothing_beside_one_that_does_is_refused(base):
         add_lora(base, LoraSection(target_modules=["q_proj", "v_prj"]), [])
     assert "v_proj" in error.value.hint
     assert add_lora(base, LoraSection(target_modules=["self_attn.q_proj", "v_proj"]), [])
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"exclude_modules": ["q_proj", "nope"]}, "lora.exclude_modules: no module is called nope"),
+        ({"modules_to_save": ["lm_head", "nope"]}, "lora.modules_to_save: no module is called nope"),
+        ({"rank_pattern": {"q_proj": 3, "no.*": 3}}, r"lora.rank_pattern: no layer with an adapter is called no\.\*"),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 3}}, "no layer with an adapter is called v_proj"),
+    ],
+)
+def test_no_name_is_passed_over(base, keys, told):
+    warnings.simplefilter("error", RuntimeWarning)  # pytest has its own back behind the test
+    with pytest.raises(ModelError, match=told):
+        add_lora(base, LoraSection(**keys), [])
 
 
 def test_an_adapter_goes_on_from_another(base, tiny_base, tmp_path):

@@ -101,3 +101,18 @@ def test_data_can_be_looked_at_with_a_tokenizer_alone(tiny_recipe, tiny_base, tm
     assert orpo("data", recipe, "--summary")[0] == 0
     code, _, err = orpo("check", recipe)
     assert (code, err.count("error:"), "config.json" in err) == (2, 1, True)
+
+
+def test_an_adapter_that_the_model_has_no_place_for_is_told_with_the_other_faults(tmp_path, tiny_base, orpo):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{name_or_path: {tiny_base}, chat_template: plain}}\n"
+        "lora: {target_modules: [q_proj, v_prj]}\n"
+        "data: {train: gone.jsonl}\n"
+    )
+    code, _, err = orpo("train", recipe, "--output-dir", tmp_path / "run")
+    assert code == 2
+    found = faults_of(err)
+    assert list(found) == [f"{recipe}:2", f"{recipe}:3"]
+    assert found[f"{recipe}:2"].startswith("lora.target_modules: no module is called v_prj")
+    assert "gone.jsonl" in found[f"{recipe}:3"]
