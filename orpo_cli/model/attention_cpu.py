@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from orpo_cli.data.batches import Segment
 
-# With branches of up to this many tokens, products are faster than the kernel.
-FOLDED_KEYS = 2048
-# Queries of a block, about: each block has keys up to its own last token, so that of a long branch's products not half
-# are of keys that lie ahead. Of a pair of no more tokens than PAIR, both branches are one block: some products of
-# the one with the other's keys cost less than more, and smaller, blocks.
-BLOCK, PAIR = 128, 256
+# With branches of up to this many tokens, products are faster than the kernel; one longer one sends its row there.
+LONGEST = 2048
+# Tokens of a block, about. Its keys end with its last token: in one block, half of a branch's products would be wasted.
+BLOCK = 128
+# A pair of up to so many tokens is one block all the same: two branches' many small products would take longer.
+PAIR = 256
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Block:
 def takes(query: Tensor, segments: Sequence[Segment]) -> bool:
     """Whether `attention` is for queries (1, H, T, D) of such pairs."""
     longest = max(s.shared + max(s.chosen, s.rejected) for s in segments)
-    return query.device.type == "cpu" and longest <= FOLDED_KEYS
+    return query.device.type == "cpu" and longest <= LONGEST
 
 
 def blocks_of(segments: Sequence[Segment], sliding_window: int | None, dtype: torch.dtype) -> list[Block]:
@@ -61,7 +62,10 @@ def blocks_of(segments: Sequence[Segment], sliding_window: int | None, dtype: to
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], scaling: float | None) -> Tensor:
-    """query (1, H, T, D), key and value (1, G, T, D) -> (1, T, H, D). Keeps the probabilities, (H, Q, K) a block."""
+    """query (1, H, T, D), key and value (1, G, T, D) -> (1, T, H, D).
+
+    Keeps them, and of each block the probabilities, (H, Q, K).
+    """
     return _Blocks.apply(query, key, value, blocks, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
@@ -100,38 +104,50 @@ class _Blocks(torch.autograd.Function):
         blocks: Sequence[Block],
         scaling: float,
     ) -> Tensor:
-        (heads, tokens), key_heads = query.shape[1:3], key.shape[1]
+        heads, tokens = query.shape[1:3]
         output = value.new_empty(1, tokens, heads, value.shape[-1])
         kept = []
         for block in blocks:
-            q = query[0, :, block.queries]
-            q = torch.mul(q, scaling, out=q.new_empty(q.shape)).view(key_heads, -1, q.shape[-1])  # (G, H / G * Q, D)
-            k, v = _gather(key[0], block.keys), _gather(value[0], block.keys)  # (G, K, D)
+            q, k, v = _copied(block, query, key, value, scaling)
             scores = torch.bmm(q, k.transpose(1, 2))  # (G, H / G * Q, K)
             scores.view(heads, -1, k.shape[1])[..., -block.unseen.shape[1] :].add_(block.unseen)
             p = scores.softmax(-1)
             output[0, block.queries] = torch.bmm(p, v).view(heads, -1, v.shape[-1]).transpose(0, 1)
             if any(ctx.needs_input_grad):
-                kept += [q, k, v, p]
-        ctx.save_for_backward(*kept)
-        ctx.blocks, ctx.scaling, ctx.shapes = blocks, scaling, (query.shape, key.shape, value.shape)
+                kept.append(p)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.blocks, ctx.scaling = blocks, scaling
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *probabilities = ctx.saved_tensors
         d_output = upstream[0][0].transpose(0, 1)  # (H, T, D)
-        # In memory as what they are the gradients of: token by token.
-        d_query, d_key, d_value = (d_output.new_zeros(s[0], s[2], s[1], s[3]).transpose(1, 2) for s in ctx.shapes)
-        kept = iter(ctx.saved_tensors)
-        for block, q, k, v, p in zip(ctx.blocks, kept, kept, kept, kept, strict=True):
+        d_query, d_key, d_value = (_zeros_like(x) for x in (query, key, value))
+        for block, p in zip(ctx.blocks, probabilities, strict=True):
+            q, k, v = _copied(block, query, key, value, ctx.scaling)
             d_out = d_output[:, block.queries].reshape(len(v), -1, v.shape[-1])  # (G, H / G * Q, D)
             d_p = torch.bmm(d_out, v.transpose(1, 2))
             d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype)
-            d_q = torch.bmm(d_scores, k).view(d_query.shape[1], -1, q.shape[-1])
+            d_q = torch.bmm(d_scores, k).view(query.shape[1], -1, q.shape[-1])
             torch.mul(d_q, ctx.scaling, out=d_query[0, :, block.queries])
             _scatter(torch.bmm(d_scores.transpose(1, 2), q), d_key[0], block.keys)
             _scatter(torch.bmm(p.transpose(1, 2), d_out), d_value[0], block.keys)
         return d_query, d_key, d_value, None, None
+
+
+def _zeros_like(tensor: Tensor) -> Tensor:
+    """Zeros (1, H, T, D) that lie token by token in memory, as what comes out of a projection does."""
+    batch, heads, tokens, size = tensor.shape
+    return tensor.new_zeros(batch, tokens, heads, size).transpose(1, 2)
+
+
+def _copied(block: Block, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A block's scaled queries, (G, H / G * Q, D), its keys and its values, (G, K, D)."""
+    q = query[0, :, block.queries]
+    q = torch.mul(q, scaling, out=q.new_empty(q.shape)).view(key.shape[1], -1, q.shape[-1])
+    return q, _gather(key[0], block.keys), _gather(value[0], block.keys)
 
 
 def _gather(tensor: Tensor, runs: Sequence[slice]) -> Tensor:

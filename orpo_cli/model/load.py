@@ -10,7 +10,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import constants
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -76,13 +76,18 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
 
 
 def _ask_hub(section: ModelSection) -> None:
-    """Ask the hub, once, for a model that is not here; where it cannot be reached, the libraries ask for a minute."""
-    name = section.name_or_path
-    if not Path(name).exists() and not is_path(name) and base_revision(section) is None:
-        with suppress(EntryNotFoundError):  # what is there instead, the libraries know to tell
-            huggingface_hub.get_hf_file_metadata(
-                huggingface_hub.hf_hub_url(name, "config.json", revision=section.revision)
-            )
+    """Ask the hub for a model that is not here; where none answers, the libraries would ask for over a minute."""
+    name, revision = section.name_or_path, section.revision
+    if Path(name).exists() or is_path(name) or constants.HF_HUB_OFFLINE:
+        return
+    files = ("config.json", "tokenizer_config.json", "tokenizer.json")
+    if any(isinstance(huggingface_hub.try_to_load_from_cache(name, file, revision=revision), str) for file in files):
+        return
+    try:
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, files[0], revision=revision))
+    except Exception as error:  # any other, the libraries ask again about, or tell
+        if type(error).__name__ == "ConnectError":  # of whichever HTTP library the hub's is built on
+            raise
 
 
 def base_revision(section: ModelSection) -> str | None:

@@ -10,7 +10,6 @@ from warnings import catch_warnings, filterwarnings
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -33,9 +32,9 @@ def add_lora(model: PreTrainedModel, section: LoraSection, trained_rows: list[in
         return adapted
     # What is trained and saved whole needs no rows of its own.
     names = [
-        name
-        for name in (path.rpartition(".")[2] for path in embedding_names(model) if path is not None)
-        if name not in section.modules_to_save
+        path.rpartition(".")[2]
+        for path in filter(None, embedding_names(model))
+        if not any(f".{path}".endswith(f".{saved}") for saved in section.modules_to_save)
     ]
     outputs = model.get_output_embeddings()
     if trained_rows and getattr(outputs, "bias", None) is not None and len(names) == 2:
@@ -58,30 +57,38 @@ def add_lora(model: PreTrainedModel, section: LoraSection, trained_rows: list[in
         trainable_token_indices=dict.fromkeys(names, trained_rows) if trained_rows and names else None,
     )
     _check_names(model, section)
+    hint = _linear_layers(model)
     try:
         with catch_warnings():
-            filterwarnings("ignore", message="The following rank_pattern keys")  # told below, as an error
+            filterwarnings("ignore", message="The following .*_pattern keys")  # of ranks, told below as an error
             adapted = get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"LoRA cannot be added: {_in_a_line(error)}", _targets_hint(model)) from error
-    ranked = [name for name, module in adapted.base_model.model.named_modules() if isinstance(module, LoraLayer)]
-    for pattern in section.rank_pattern:  # as peft matches them
-        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in ranked):
-            raise ModelError(f"lora.rank_pattern: no layer with an adapter is called {pattern}", _targets_hint(model))
+    except (ValueError, TypeError, re.error) as error:
+        raise ModelError(f"LoRA cannot be added: {_in_a_line(error)}", hint) from error
+    targets = [*adapted.base_model.targeted_module_names, *adapted.base_model.targeted_parameter_names]
+    for pattern in section.rank_pattern:
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):  # as peft matches them
+            called = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
+            raise ModelError(
+                f"lora.rank_pattern: no layer with an adapter is called {pattern}", f"those that have one: {called}"
+            )
     return adapted
 
 
 def _check_names(model: PreTrainedModel, section: LoraSection) -> None:
     """Raise ModelError for a name that is no module's: peft takes the others and says nothing of it."""
-    ends = [f".{name}" for name, _ in model.named_modules()]
-    for key in ("target_modules", "exclude_modules", "modules_to_save"):
-        names = getattr(section, key)
-        names = [] if isinstance(names, str) else names
-        if missing := [name for name in names if not any(end.endswith(f".{name}") for end in ends)]:
-            hint = _targets_hint(model)
-            if key == "modules_to_save":
-                hint = f"it takes any module of the model, say {' or '.join(filter(None, embedding_names(model)))}"
-            raise ModelError(f"lora.{key}: no module is called {' or '.join(missing)}", hint)
+    modules = dict(model.named_modules())
+    # To be excluded, a layer itself has to be named: peft passes over the name of what contains it.
+    layers = [name for name, module in modules.items() if next(module.children(), None) is None]
+    targets = [] if isinstance(section.target_modules, str) else section.target_modules
+    embeddings = " or ".join(path.rpartition(".")[2] for path in filter(None, embedding_names(model)))
+    for key, names, known, hint in (
+        ("target_modules", targets, modules, _linear_layers(model)),
+        ("exclude_modules", section.exclude_modules, layers, _linear_layers(model)),
+        ("modules_to_save", section.modules_to_save, modules, f"it takes any module of the model, say {embeddings}"),
+    ):
+        if missing := [name for name in names if not any(f".{path}".endswith(f".{name}") for path in known)]:
+            what = "layer" if key == "exclude_modules" else "module"
+            raise ModelError(f"lora.{key}: no {what} is called {' or '.join(missing)}", hint)
 
 
 def names_modules(section: LoraSection) -> bool:
@@ -90,7 +97,7 @@ def names_modules(section: LoraSection) -> bool:
     return section.adapter is None and (bool(named) or section.target_modules != "all-linear")
 
 
-def _targets_hint(model: nn.Module) -> str:
+def _linear_layers(model: nn.Module) -> str:
     linear = {n.rpartition(".")[2] for n, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     return f"the model's linear layers are called {', '.join(sorted(linear))}; all-linear takes all but the head"
 

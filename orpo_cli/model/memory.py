@@ -10,7 +10,7 @@ Shapes: T tokens of a flat batch, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -73,6 +73,15 @@ class Activations:
     """Before, between and behind them."""
     widest: float
     """In the layer that keeps the most."""
+
+    def with_each(self, combine: Callable[[float, float], float], other: Activations) -> Activations:
+        """Each figure combined with the other's."""
+        return Activations(
+            tuple(map(combine, self.layers, other.layers)),
+            combine(self.layer_input, other.layer_input),
+            combine(self.outside, other.outside),
+            combine(self.widest, other.widest),
+        )
 
     def of_token(self, checkpointed: int) -> float:
         """With the first `checkpointed` layers under gradient checkpointing."""
@@ -204,22 +213,17 @@ def measure_activations(logprobs: PairLogprobs, max_length: int) -> Activations:
     Very long ones are not tried. An attention that keeps its probabilities keeps the more of a token, the longer its
     sequence; all else is the same for every token: both are a straight line over the length.
     """
+    on_cpu = logprobs.model.device.type == "cpu"
     if max_length <= _TRIED_LENGTHS[1]:
-        return _kept_of_a_pair(logprobs, max_length)
+        kept = _kept_of_a_pair(logprobs, max_length)
+        one_block = attention_cpu.PAIR // 2
+        # A pair that is one block keeps what somewhat longer ones, cut into several, do not.
+        return kept.with_each(max, _kept_of_a_pair(logprobs, one_block)) if on_cpu and max_length > one_block else kept
     short, long = (_kept_of_a_pair(logprobs, length) for length in _TRIED_LENGTHS)
     # On a CPU, even longer sequences take a kernel that keeps no probabilities.
-    longest = min(max_length, attention_cpu.FOLDED_KEYS) if logprobs.model.device.type == "cpu" else max_length
+    longest = min(max_length, attention_cpu.LONGEST) if on_cpu else max_length
     reach = (longest - _TRIED_LENGTHS[0]) / (_TRIED_LENGTHS[1] - _TRIED_LENGTHS[0])
-
-    def at_longest(short: float, long: float) -> float:
-        return short + reach * (long - short)
-
-    return Activations(
-        tuple(at_longest(*ends) for ends in zip(short.layers, long.layers, strict=True)),
-        at_longest(short.layer_input, long.layer_input),
-        at_longest(short.outside, long.outside),
-        at_longest(short.widest, long.widest),
-    )
+    return short.with_each(lambda short, long: short + reach * (long - short), long)
 
 
 def _kept_of_a_pair(logprobs: PairLogprobs, length: int) -> Activations:
@@ -267,7 +271,7 @@ def _kept_of_a_pair(logprobs: PairLogprobs, length: int) -> Activations:
 
 
 def made_up_pair(length: int, vocabulary: int) -> TokenizedPair:
-    """A pair of fixed pseudo-random tokens whose sides have `length` each and share the first: none takes more."""
+    """A pair of fixed pseudo-random tokens whose sides have `length` each and share the first."""
     ids = np.arange(2 * length, dtype=np.int64) * 7919 % (vocabulary - 1) + 1
     sides = ids[:length], np.concatenate([ids[:1], ids[length + 1 :]])
     return TokenizedPair(0, *sides, 1, 1, np.ones(length, dtype=bool))

@@ -70,12 +70,12 @@ def check_lora(recipe: Recipe, device: torch.device) -> None:
         return
     try:
         base = _without_weights(recipe.model, device)
+        with torch.device("meta"):
+            add_lora(base, recipe.lora, [])
     except OrpoError:
         raise
     except Exception:  # a model's own code may need numbers: what is wrong then, building it with its weights tells
         return
-    with torch.device("meta"):
-        add_lora(base, recipe.lora, [])
 
 
 def _without_weights(section: ModelSection, device: torch.device) -> PreTrainedModel:

@@ -8,7 +8,7 @@ from orpo_cli.data.dataset import PairSet, load_pairs
 from orpo_cli.data.survey import Tell, tell_nobody
 from orpo_cli.generate import check_sample_prompts
 from orpo_cli.model.build import TextSide, check_max_length, open_text_and_data, pair_tokenizer
-from orpo_cli.model.load import load_config
+from orpo_cli.model.load import checked_config
 from orpo_cli.model.lora import adapter_directory
 from orpo_cli.model.outline import check_lora
 from orpo_cli.recipe import Recipe
@@ -33,7 +33,7 @@ def load_inputs(
         if recipe.lora is not None and recipe.lora.adapter is not None:
             adapter_directory(recipe.lora.adapter)
     with faults.at("model.name_or_path"):
-        load_config(recipe.model)
+        checked_config(recipe.model)
         with faults.at("data.max_length"):
             check_max_length(recipe.model, recipe.data.max_length)
         with faults.at("lora"):

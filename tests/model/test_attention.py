@@ -101,16 +101,16 @@ def ragged_everywhere(monkeypatch):
 @pytest.mark.parametrize("key_heads", [HEADS, KEY_HEADS, 1])
 @pytest.mark.parametrize("sliding_window", [None, 1, 3, 100])
 @pytest.mark.parametrize("scaling", [None, 0.2])
-@pytest.mark.parametrize("way", ["folded", "folded in blocks", "sdpa", "ragged"])
+@pytest.mark.parametrize("way", ["blocks", "many blocks", "sdpa", "ragged"])
 def test_every_way_is_attention_over_the_whole_row(
     key_heads, sliding_window, scaling, way, monkeypatch, ragged_everywhere
 ):
     inputs = draw(key_heads)
     if way == "sdpa":
-        monkeypatch.setattr(attention_cpu, "FOLDED_KEYS", 0)
-    if way == "folded in blocks":
+        monkeypatch.setattr(attention_cpu, "LONGEST", 0)
+    if way == "many blocks":
         monkeypatch.setattr(attention_cpu, "BLOCK", 3)
-        monkeypatch.setattr(attention_cpu, "PAIR", 10)
+        monkeypatch.setattr(attention_cpu, "PAIR", 4)
     layout = Layout(ROW, CPU, ragged=way == "ragged")
 
     def attend(q, k, v):

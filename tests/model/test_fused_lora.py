@@ -34,7 +34,7 @@ def relative(one, other):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])  # the latter two have biases
-@pytest.mark.parametrize("keys", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}], ids=str)
+@pytest.mark.parametrize("keys", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj|query_key_value": 2}}], ids=str)
 def test_float32_is_peft_to_rounding(family, keys):
     model, ids = adapted(tiny_model(family), **keys), torch.randint(3, 101, (2, 17))
     expected, gradients = run(model, ids)

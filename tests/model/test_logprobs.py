@@ -229,8 +229,8 @@ def test_gradient_checkpointing_changes_nothing():
 def test_long_segments_take_another_kernel_to_the_same_numbers(family, monkeypatch):
     model, pairs = tiny_model(family), random_pairs(4, seed=9)
     batch, results = flat_batch(pairs, "response"), []
-    for folded_keys in (1024, 0):
-        monkeypatch.setattr(attention_cpu, "FOLDED_KEYS", folded_keys)
+    for longest in (1024, 0):
+        monkeypatch.setattr(attention_cpu, "LONGEST", longest)
         model.zero_grad()
         logps = PairLogprobs(model, shares_prefix=True)(batch)
         logps.sum().backward()

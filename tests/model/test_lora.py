@@ -88,18 +88,35 @@ def test_a_target_that_matches_nothing_beside_one_that_does_is_refused(base):
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "told", "hint"),
     [
-        ({"exclude_modules": ["q_proj", "nope"]}, "lora.exclude_modules: no module is called nope"),
-        ({"modules_to_save": ["lm_head", "nope"]}, "lora.modules_to_save: no module is called nope"),
-        ({"rank_pattern": {"q_proj": 3, "no.*": 3}}, r"lora.rank_pattern: no layer with an adapter is called no\.\*"),
-        ({"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 3}}, "no layer with an adapter is called v_proj"),
+        ({"exclude_modules": ["q_proj", "nope"]}, "exclude_modules: no layer is called nope", "q_proj"),
+        ({"exclude_modules": ["self_attn"]}, "exclude_modules: no layer is called self_attn", "q_proj"),
+        ({"modules_to_save": ["lm_head", "nope"]}, "modules_to_save: no module is called nope", "say embed_tokens or"),
+        ({"rank_pattern": {"q_proj": 3, "no.*": 3}}, r"no layer with an adapter is called no\.\*", "down_proj"),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 3}}, "is called v_proj", "have one: q_proj"),
+        ({"rank_pattern": {"(": 3}}, "LoRA cannot be added: missing \\)", "q_proj"),
     ],
 )
-def test_no_name_is_passed_over(base, keys, told):
+def test_no_name_is_passed_over(base, keys, told, hint):
     warnings.simplefilter("error", RuntimeWarning)  # pytest has its own back behind the test
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=told) as error:
         add_lora(base, LoraSection(**keys), [])
+    assert hint in error.value.hint
+    assert "base_layer" not in error.value.hint
+
+
+def test_experts_that_are_parameters_have_ranks_by_their_names():
+    model = add_lora(tiny_model("mixtral"), LoraSection(r=8, rank_pattern={"gate_up_proj": 3}), [])
+    assert {p.shape[0] % 3 for n, p in model.named_parameters() if "lora_A" in n and "gate_up" in n} <= {0}
+    with pytest.raises(ModelError, match="is called experts"):
+        add_lora(tiny_model("mixtral"), LoraSection(rank_pattern={"experts": 3}), [])
+
+
+def test_embeddings_that_are_saved_whole_have_no_rows_of_their_own(base):
+    whole = add_lora(base, LoraSection(modules_to_save=["model.embed_tokens", "lm_head"]), [3, 4])
+    assert whole(torch.arange(3, 9)[None]).logits.isfinite().all()
+    assert not any("trainable_tokens" in name for name, _ in whole.named_parameters())
 
 
 def test_an_adapter_goes_on_from_another(base, tiny_base, tmp_path):

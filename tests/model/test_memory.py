@@ -24,7 +24,7 @@ from orpo_cli.train.optimizer import Optimizer
 from tests.tiny import FAMILIES, tiny_model
 
 CPU = torch.device("cpu")
-LENGTH, PAIRS = 200, 4
+LENGTH, PAIRS = 120, 7
 
 
 def llama(dtype: torch.dtype, *, tied: bool = False) -> LlamaForCausalLM:
@@ -121,12 +121,19 @@ def test_what_is_kept_is_counted_to_the_byte():
 
 
 def test_longer_pairs_follow_from_shorter_ones():
-    """The folded attention keeps its probabilities: the more of a token, the longer its sequence."""
+    """The attention keeps its probabilities: the more of a token, the longer its sequence."""
     model = llama(torch.bfloat16)
     engine = PairLogprobs(model, shares_prefix=True)
     expected = memory._kept_of_a_pair(engine, 2000).of_token(0)
     assert expected > 1.4 * memory._kept_of_a_pair(engine, 1000).of_token(0)
     assert memory.measure_activations(engine, 2000).of_token(0) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_pair_in_one_block_may_keep_more_than_a_longer_one():
+    engine = PairLogprobs(llama(torch.bfloat16), shares_prefix=True)
+    of_one_block, longer = (memory._kept_of_a_pair(engine, length).of_token(0) for length in (128, 140))
+    assert of_one_block > longer
+    assert memory.measure_activations(engine, 140).of_token(0) >= of_one_block
 
 
 def test_measuring_leaves_nothing_behind():
