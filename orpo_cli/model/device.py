@@ -13,7 +13,7 @@ import torch
 GIB = 2**30
 # Bytes that a process on a CPU takes beside all that memory.py counts, from its first step on. Chosen by the runs of
 # benchmarks/planned_memory.py: most of them take somewhat less, a full fine-tune of a large vocabulary takes more.
-_FIRST_STEPS = 5 * GIB // 16
+_FIRST_STEPS = 3 * GIB // 16
 
 
 def process_memory(device: torch.device) -> int:
