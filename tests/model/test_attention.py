@@ -124,6 +124,23 @@ def test_every_way_is_attention_over_the_whole_row(
     assert len(ragged_everywhere) == (way == "ragged")
 
 
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+def test_values_may_be_narrower_than_keys_and_not_all_need_a_gradient(wanted):
+    query, key, value = draw()
+    value = value[..., :5]
+    upstream = torch.linspace(-1, 1, TOKENS * HEADS * 5, dtype=torch.float64).view(1, TOKENS, HEADS, 5)
+
+    def gradients(function):
+        inputs = [x.detach().requires_grad_(i in wanted) for i, x in enumerate((query, key, value))]
+        output = function(*inputs)
+        return [output, *torch.autograd.grad(output, [inputs[i] for i in wanted], upstream)]
+
+    blocks = attention_cpu.blocks_of(ROW, 3, torch.float64)
+    got = gradients(lambda q, k, v: attention_cpu.attention(q, k, v, blocks, 0.2))
+    for ours, brute in zip(got, gradients(lambda q, k, v: whole_row(q, k, v, 0.2, 3)), strict=True):
+        torch.testing.assert_close(ours, brute)
+
+
 def test_the_ragged_sequences_are_each_pairs_two_branches():
     ragged = attention_ragged.Ragged.of(segments((2, 1, 3), (0, 2, 1)), CPU)
     assert ragged.query_starts.tolist() == [0, 3, 6, 8, 9]
