@@ -217,8 +217,10 @@ def measure_activations(logprobs: PairLogprobs, max_length: int) -> Activations:
     if max_length <= _TRIED_LENGTHS[1]:
         kept = _kept_of_a_pair(logprobs, max_length)
         one_block = attention_cpu.PAIR // 2
-        # A pair that is one block keeps what somewhat longer ones, cut into several, do not.
-        return kept.with_each(max, _kept_of_a_pair(logprobs, one_block)) if on_cpu and max_length > one_block else kept
+        # A pair that is one block keeps more of a token than somewhat longer ones, which are cut into several.
+        if on_cpu and one_block < max_length < 2 * attention_cpu.PAIR:
+            kept = kept.with_each(max, _kept_of_a_pair(logprobs, one_block))
+        return kept
     short, long = (_kept_of_a_pair(logprobs, length) for length in _TRIED_LENGTHS)
     # On a CPU, even longer sequences take a kernel that keeps no probabilities.
     longest = min(max_length, attention_cpu.LONGEST) if on_cpu else max_length
