@@ -19,10 +19,11 @@ from orpo_cli.errors import ModelError
 from orpo_cli.model.fused_lora import fuse_lora
 from orpo_cli.model.fused_mlp import fuse_mlps
 from orpo_cli.model.fused_norm import fuse_norms
-from orpo_cli.model.load import FreshRows, fit_vocabulary, load_config, load_model, load_tokenizer
+from orpo_cli.model.load import load_config, load_model, load_tokenizer
 from orpo_cli.model.logprobs import PairLogprobs
 from orpo_cli.model.lora import add_lora, load_adapter
 from orpo_cli.model.probe import Fitness
+from orpo_cli.model.vocabulary import FreshRows, fit_vocabulary
 from orpo_cli.recipe import Recipe
 from orpo_cli.recipe.gather import Faults
 from orpo_cli.recipe.schema import LoraSection, ModelSection

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from orpo_cli.errors import ModelError
-from orpo_cli.model.load import embedding_names, is_path
+from orpo_cli.model.load import is_path
+from orpo_cli.model.vocabulary import embedding_names
 from orpo_cli.recipe.schema import LoraSection
 
 

@@ -24,10 +24,11 @@ from orpo_cli.model.build import Built, TextSide, rows_to_train
 from orpo_cli.model.fused_lora import fuse_lora
 from orpo_cli.model.fused_mlp import fuse_mlps
 from orpo_cli.model.fused_norm import fuse_norms
-from orpo_cli.model.load import FreshRows, checked_config, compute_dtype
+from orpo_cli.model.load import checked_config, compute_dtype
 from orpo_cli.model.lora import add_lora, names_modules
 from orpo_cli.model.memory import Memory
 from orpo_cli.model.probe import Fitness, why_not_flat
+from orpo_cli.model.vocabulary import FreshRows
 from orpo_cli.recipe import Recipe
 from orpo_cli.recipe.schema import ModelSection
 
